@@ -1,0 +1,180 @@
+"""The training loop: resuming, being killed, several ranks; and command-line runs of every script on tiny settings."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, script, tiny_model, tiny_tokenizer
+
+import tokenizer as tokenizer_module
+import train
+import videomar
+
+TINY = ["--size", "16x16", "--frames", "5,9", "--steps", "3", "--batch", "4", "--dtype", "float32", "--warmup", "2"]
+
+
+def run_train(monkeypatch, *args):
+    """train.py's main in this process, with a toy preset of two small layers -> exit code."""
+    monkeypatch.setitem(videomar.PRESETS, "toy", tiny_model().config)
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+    try:
+        train.main()
+    except SystemExit as e:
+        return e.code
+    return 0
+
+
+def params(path, what="model"):
+    return torch.load(path, weights_only=True)[what]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_resumed_is_bit_for_bit_the_run_that_was_not_stopped(folder, monkeypatch, tiny_files):
+    args = [*TINY, "--tokenizer", tiny_files / "tokenizer.pt"]
+    assert run_train(monkeypatch, *args, "--out", "whole") == 0
+    real = train.rate_at  # a signal in the middle of step 4, in stage 2
+    monkeypatch.setattr(train, "rate_at", lambda a, step: (os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None, real(a, step))[1])
+    assert run_train(monkeypatch, *args, "--out", "parts") == 130
+    monkeypatch.setattr(train, "rate_at", real)
+    assert torch.load("parts/ckpt.pt", weights_only=True)["step"] == 4
+    assert run_train(monkeypatch, "--resume", "--out", "parts", "--dtype", "float32") == 0
+    assert same(params("whole/ckpt.pt"), params("parts/ckpt.pt")) and same(params("whole/ckpt.pt", "ema"), params("parts/ckpt.pt", "ema"))
+    rows = (folder / "parts/log.csv").read_text().split("\n")
+    whole = (folder / "whole/log.csv").read_text().split("\n")
+    assert rows[0] == "step,stage,t,loss,lr,seconds" and [r.split(",")[:5] for r in rows] == [r.split(",")[:5] for r in whole]
+    assert (folder / "parts/stage1-5.png").exists() and (folder / "parts/stage2-9.png").exists()
+    assert run_train(monkeypatch, *args, "--seed", 1, "--out", "other") == 0
+    assert not same(params("whole/ckpt.pt"), params("other/ckpt.pt"))
+
+
+def test_kill_9_during_a_save_leaves_the_last_good_checkpoint(folder):
+    """A process that is killed with half of a file written, and one killed at whatever moment it is."""
+    code = f"""
+import os, sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, tokenizer
+big, real = torch.zeros(3_000_000), torch.save
+def half(what, path):
+    real(what, path)
+    os.truncate(path, os.path.getsize(path) // 2)
+    os.kill(os.getpid(), 9)
+for i in range(1, 10**9):
+    if i == 3 and sys.argv[1] == "half":
+        torch.save = half
+    tokenizer.save({{"kind": "x", "i": i, "big": big + i}}, "ckpt.pt")
+    print(i, flush=True)
+"""
+    for how in ("half", "any", "any"):
+        p = subprocess.Popen([sys.executable, "-c", code, how], stdout=subprocess.PIPE)
+        p.stdout.readline()
+        if how == "any":
+            time.sleep(random.uniform(0.0, 0.2))
+            p.kill()
+        assert p.wait() == -signal.SIGKILL
+        content = tokenizer_module.load("ckpt.pt", "x")
+        assert content["i"] >= 1 and (content["big"] == content["i"]).all()
+        assert how == "any" or content["i"] == 2
+
+
+def test_save_writes_beside_and_renames(folder, monkeypatch):
+    tokenizer_module.save({"kind": "x", "a": 1}, "f.pt")
+
+    def half(what, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(tokenizer_module.Bad, match="No space left"):
+        tokenizer_module.save({"kind": "x", "a": 2}, "f.pt")
+    assert tokenizer_module.load("f.pt", "x")["a"] == 1 and os.listdir() == ["f.pt"]
+
+
+def test_two_ranks_give_the_gradients_of_one_process(folder, tiny_files):
+    """The same two parts of a batch, on two ranks or one after the other: the same first step."""
+    base = [*TINY[:2], "--frames", "9", "--steps", "2", "--batch", "4", "--dtype", "float32", "--device", "cpu",
+            "--tokenizer", tiny_files / "tokenizer.pt"]
+    shrink = f"""
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
+import conftest, train, videomar
+videomar.PRESETS["toy"] = conftest.TINY
+train.run(train.main)
+"""
+    (folder / "small.py").write_text(shrink)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    one = subprocess.run([sys.executable, "small.py", *map(str, base), "--accumulate", "2", "--out", "one"], capture_output=True, text=True, env=env)
+    assert one.returncode == 0, one.stderr[-2000:]
+    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "small.py", *map(str, base),
+                          "--out", "two"], capture_output=True, text=True, env=env, timeout=120)
+    assert two.returncode == 0, two.stderr[-2000:]
+    # The whole batch at once draws other masks and noise: what a rank without a seed of its own would be like.
+    alone = subprocess.run([sys.executable, "small.py", *map(str, base), "--out", "alone"], capture_output=True, text=True, env=env)
+    assert alone.returncode == 0, alone.stderr[-2000:]
+
+    def gradients(out):  # Adam's running mean: 0.1 of the last step's and 0.09 of the first's
+        state = torch.load(f"{out}/ckpt.pt", weights_only=True)["optimiser"]["state"]
+        return torch.cat([state[i]["exp_avg"].flatten() for i in sorted(state)])
+
+    assert (gradients("one") - gradients("two")).abs().max() < 1e-6
+    assert (gradients("one") - gradients("alone")).abs().max() > 1e-4
+
+
+def test_batches_are_a_function_of_seed_step_and_part():
+    a, _ = train.plan(["--batch", "4", "--size", "16x16"])
+    (whole, words), first, second = train.shard_batch(a, 3, 0, 1, 5), train.shard_batch(a, 3, 0, 2, 5), train.shard_batch(a, 3, 1, 2, 5)
+    assert torch.equal(whole, torch.cat([first[0], second[0]])) and words == first[1] + second[1]
+    assert not torch.equal(whole, train.shard_batch(a, 4, 0, 1, 5)[0])
+
+
+def test_every_part_of_every_step_has_draws_of_its_own(folder, monkeypatch, tiny_files):
+    seeds, real = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or real(seed))
+    args = ["--size", "16x16", "--frames", 5, "--steps", 2, "--batch", 2, "--accumulate", 2, "--tokenizer", tiny_files / "tokenizer.pt"]
+    assert run_train(monkeypatch, *args, "--seed", 7) == 0
+    steps = [s for s in seeds if s not in (0, 7)]  # those are of the models and the film strip
+    assert len(steps) == len(set(steps)) == 4
+
+
+def test_rate():
+    a, _ = train.plan(["--frames", "5", "--steps", "100", "--warmup", "10", "--lr", "1", "--decay", "0.5"])
+    assert [train.rate_at(a, s) for s in (0, 9, 49, 75)] == pytest.approx([0.1, 1, 1, 0.5])
+    a.decay = 0.0
+    assert train.rate_at(a, 99) == 1
+
+
+def test_a_resolution_stage_starts_from_the_low_one(folder, monkeypatch, tiny_files, capsys):
+    """Another tokenizer, stride and size, the same weights; then the checkpoint samples at its own size."""
+    tokenizer_module.save(tokenizer_module.pack(tiny_tokenizer((8, 16, 16))), folder / "strong.pt")
+    assert run_train(monkeypatch, "--frames", "17", "--size", "32x48", "--stride", "8x16x16", "--tokenizer", "strong.pt", "--steps", 1,
+                     "--lr", "1e-9", "--batch", 2, "--init", tiny_files / "ckpt.pt", "--out", "high", "--export", "small.pt") == 0
+    before, after = params(tiny_files / "ckpt.pt", "ema"), params("high/ckpt.pt")
+    assert all(torch.allclose(before[k], after[k], atol=1e-6) for k in before)
+    small = torch.load("small.pt", weights_only=True)
+    assert "optimiser" not in small and "model" not in small and all(v.dtype == torch.float16 for v in small["ema"].values())
+    done = script("sample.py", "--img", "cat.png", "--ckpt", "small.pt")
+    assert done.returncode == 0, done.stderr
+    assert "17 frames 32x48" in done.stdout and (folder / "out/cat.gif").exists()
+
+
+def test_scripts_on_tiny_settings(folder, tiny_files):
+    """tokenizer.py, train.py with it, sample.py with what came out, in the order of the README, from an empty folder."""
+    done = script("tokenizer.py", "--steps", 3, "--batch", 2, "--width", 16, "--blocks", 1, "--size", "16x16", "--frames", 5)
+    assert done.returncode == 0 and "wrote out/tokenizer-4x8x8.pt" in done.stdout, done.stderr
+    done = script("train.py", "--frames", "5,9", "--steps", "2,1", "--batch", 2, "--size", "16x16", "--accumulate", 2)
+    assert done.returncode == 0, done.stderr
+    assert "tokenizer  out/tokenizer-4x8x8.pt" in done.stdout and "stage 2    9 frames = 3 latent frames of 4 tokens, 1 steps" in done.stdout
+    done = script("sample.py", "--img", "cat.png", "--steps", 2, "--diffusion-steps", 3)
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint out/ckpt.pt" in done.stdout and "9 frames 16x16" in done.stdout and "(from " in done.stdout
+    done = script("sample.py", "--eval", 3, "--steps", 2, "--diffusion-steps", 3)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.strip().split("\n")[-1])
+    assert list(result) == ["clips", "psnr", "psnr_copy", "psnr_tokenizer", "gap_closed", "seconds"] and result["clips"] == 3
+    want = (result["psnr"] - result["psnr_copy"]) / (result["psnr_tokenizer"] - result["psnr_copy"])
+    assert result["gap_closed"] == pytest.approx(want, abs=0.02)

@@ -1,0 +1,285 @@
+"""Pixels to continuous tokens and back, words to text states: the two ends of the model.
+
+The seams. A video tokenizer has `stride` (frames, rows, columns), `channels`, `encode` and `decode`; a text encoder
+is a module that maps captions to states and a mask. Whatever offers these can stand in for the two classes here.
+
+    python tokenizer.py                                                          trains the 4x8x8 of the first stage
+    python tokenizer.py --stride 8x16x16 --size 128x192 --frames 49 --width 256  the stronger one of the second
+"""
+import argparse
+import os
+import re
+import sys
+import time
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from tqdm import tqdm
+
+from data import world
+
+DATA = Path(__file__).parent / "data"
+
+
+class Bad(Exception):
+    """Bad input: one line that names the thing, what is wrong and what would be right."""
+
+
+def run(main):
+    """Runs a script's main: bad input is one line on stderr and exit code 2, without a traceback."""
+    try:
+        main()
+    except Bad as e:
+        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------------------------- video
+class Block(nn.Module):
+    """Residual block on the token grid: 3x3 neighbours in space, the previous latent frame in time, never a later one."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.conv, self.out = nn.LayerNorm(width), nn.Conv2d(width, width, 3, padding=1), nn.Linear(width, width)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x):
+        y = self.norm(x)  # (batch, frame, row, column, width)
+        before = torch.cat([y[:, :1], y[:, :-1]], 1)  # frame 0 is its own past, so that a still picture stays still
+        k = y.shape[-1] // 4
+        y = torch.cat([before[..., :k], y[..., k:]], -1)  # a quarter of the channels comes from the frame before
+        y = rearrange(self.conv(rearrange(y, "b t h w c -> (b t) c h w")), "(b t) c h w -> b t h w c", b=len(x))
+        return x + self.out(F.gelu(y, approximate="tanh"))
+
+
+class Tokenizer(nn.Module):
+    """A causal video autoencoder (ours): the first frame alone, then groups of s frames.
+
+    The first frame is encoded as s copies of itself, so one encoder serves both and a still clip has the same tokens
+    in every latent frame. The batch norm behind the encoder holds the mean and std per channel which make the tokens
+    unit variance; with these fixed, noise on the tokens while training does what a VAE's divergence term would.
+    """
+
+    def __init__(self, stride=(4, 8, 8), channels=16, width=192, blocks=3):
+        super().__init__()
+        self.settings = dict(stride=tuple(stride), channels=channels, width=width, blocks=blocks)
+        self.stride, self.channels = tuple(stride), channels
+        patch = 3 * stride[0] * stride[1] * stride[2]
+        self.encoder = nn.Sequential(nn.Linear(patch, width), *[Block(width) for _ in range(blocks)],
+                                     nn.LayerNorm(width), nn.Linear(width, channels))
+        self.normalise = nn.BatchNorm1d(channels, affine=False, momentum=0.01)
+        self.decoder = nn.Sequential(nn.Linear(channels, width), *[Block(width) for _ in range(blocks)],
+                                     nn.LayerNorm(width), nn.Linear(width, patch))
+
+    def encode(self, video):
+        """video (batch, 3, 1 + s*k, H, W) in [-1, 1] -> tokens (batch, 1 + k, H / p, W / q, C), float32, unit variance.
+
+        The encoding of the first frames is the first part of the encoding of all. Raises Bad for a wrong size."""
+        (s, p, q), (frames, height, width) = self.stride, video.shape[2:]
+        check_size(self.stride, frames, height, width)
+        video = torch.cat([video[:, :, :1].expand(-1, -1, s - 1, -1, -1), video], 2)
+        x = self.encoder(rearrange(video, "b c (t s) (h p) (w q) -> b t h w (c s p q)", s=s, p=p, q=q)).float()
+        return self.normalise(x.flatten(0, 3)).view(x.shape)
+
+    def decode(self, tokens):
+        """tokens (batch, 1 + k, h, w, C) -> video (batch, 3, 1 + s*k, H, W), float32, about [-1, 1]."""
+        s, p, q = self.stride
+        x = self.decoder(tokens).float()
+        return rearrange(x, "b t h w (c s p q) -> b c (t s) (h p) (w q)", s=s, p=p, q=q)[:, :, s - 1:]
+
+
+def check_size(stride, frames, height, width):
+    """Raises Bad, naming the nearest that work, unless the stride divides the size and the frames after the first."""
+    s, p, q = stride
+    if frames < 1 or (frames - 1) % s:
+        low = 1 + max(0, (frames - 1) // s) * s
+        raise Bad(f"{frames} frames: with temporal stride {s} it must be 1 + a multiple of {s}, such as {low} or {low + s}")
+    if height < p or width < q or height % p or width % q:
+        near = [max(d, round(v / d) * d) for v, d in ((height, p), (width, q))]
+        raise Bad(f"size {height}x{width}: stride {p}x{q} must divide it, such as {near[0]}x{near[1]}")
+
+
+# -------------------------------------------------------------------------------------------------------- text
+class Words(nn.Module):
+    """Captions to text states with nothing pretrained (ours): each word is hashed into a learned table, and a
+    convolution over the words tells each what stands around it. Learned together with the model."""
+
+    def __init__(self, dim=128, buckets=1031, longest=256):
+        super().__init__()
+        self.buckets, self.longest = buckets, longest
+        self.table = nn.Embedding(buckets + 1, dim, padding_idx=buckets)
+        self.around = nn.Conv1d(dim, 2 * dim, 9, padding=4)
+        self.out = nn.Linear(2 * dim, dim)
+
+    def forward(self, captions):
+        """list of str -> states (batch, word, dim), mask (batch, word), True at words. Long captions are cut."""
+        words = [[zlib.crc32(w.encode()) % self.buckets for w in re.findall(r"\w+", c.lower())][:self.longest] for c in captions]
+        longest = max(1, *map(len, words))
+        ids = torch.full((len(words), -(-longest // 8) * 8), self.buckets)  # in eights: kernels are chosen by shape
+        for row, w in zip(ids, words):
+            row[:len(w)] = torch.tensor(w)
+        ids = ids.to(self.table.weight.device)
+        x = self.table(ids)
+        x = x + self.out(F.gelu(self.around(x.transpose(1, 2)).transpose(1, 2)))
+        return x, (ids != self.buckets) | (torch.arange(ids.shape[1], device=ids.device) == 0)  # "" still has one state
+
+
+# ------------------------------------------------------------------------------------------- files and hardware
+def save(what, path):
+    """torch.save under a temporary name, then rename: whatever happens, `path` holds an old or a new whole file."""
+    path, part = Path(path), Path(f"{path}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(what, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
+        part.unlink(missing_ok=True) if path.parent.is_dir() else None
+        raise Bad(f"{path}: cannot write it ({getattr(e, 'strerror', None) or e}); choose a folder with room with --out") from None
+
+
+def load(path, kind):
+    """A file of ours as a dict of tensors and plain values; weights_only, so nothing in it is ever executed."""
+    path = Path(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about files that are refused anyway
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise Bad(f"{path}: no such file; give a {kind} written by this code") from None
+    except Exception as e:
+        raise Bad(f"{path}: not a {kind} of ours, or damaged ({type(e).__name__}); give one written by this code") from None
+    if not isinstance(content, dict) or content.get("kind") != kind:
+        raise Bad(f"{path}: not a {kind}; give one written by this code")
+    return content
+
+
+def pack(tokenizer):
+    """A tokenizer as a small dict, half precision."""
+    return {"kind": "tokenizer", **tokenizer.settings, "state": {k: v.half() if v.is_floating_point() else v for k, v in tokenizer.state_dict().items()}}
+
+
+def unpack(content, path="checkpoint"):
+    """The tokenizer in a dict from `pack`, frozen."""
+    try:
+        tokenizer = Tokenizer(**{k: content[k] for k in ("stride", "channels", "width", "blocks")})
+        tokenizer.load_state_dict(content["state"])
+    except (KeyError, TypeError, RuntimeError):
+        raise Bad(f"{path}: its tokenizer does not fit this code; train one with tokenizer.py") from None
+    return tokenizer.eval().requires_grad_(False)
+
+
+def choose_device(name=None):
+    """`name`, or the best device there is. Raises Bad for one that is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = name or next(k for k, ok in there.items() if ok)
+    if not there.get(name.split(":")[0], False):
+        raise Bad(f"--device {name}: there is none here; this machine has {', '.join(k for k, ok in there.items() if ok)}")
+    return torch.device(name)
+
+
+def choose_dtype(name, device):
+    """`name`, or what the hardware is fast at: bfloat16 on CUDA and on CPUs with bf16 matrix units, else float32."""
+    fast = device.type == "cuda" or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, None: torch.bfloat16 if fast else torch.float32}[name]
+
+
+def parse_size(text, parts=2):
+    """"64x96" -> (64, 96). Raises argparse's error otherwise."""
+    numbers = tuple(int(n) for n in text.split("x")) if re.fullmatch(r"\d+(x\d+)*", text) else ()
+    if len(numbers) != parts or not all(numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} should be {parts} numbers joined by x, such as {'64x64' if parts == 2 else '4x8x8'}")
+    return numbers
+
+
+# ---------------------------------------------------------------------------------------------------- training
+def draw(seeds, frames, size, held_out=False):
+    """Clips of the drawn world -> video uint8 (batch, frames, H, W, 3), captions."""
+    clips, captions = zip(*(world.clip(s, frames, *size, held_out) for s in seeds))
+    return torch.from_numpy(np.stack(clips)), list(captions)
+
+
+def to_float(video):
+    """uint8 (batch, frames, H, W, 3) -> (batch, 3, frames, H, W) in [-1, 1]."""
+    return video.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def psnr(video, truth):
+    """Peak signal to noise ratio in dB of each clip, over all dimensions but the first; at most 50 (a still copy)."""
+    mse = (video.clamp(-1, 1) - truth).pow(2).flatten(1).mean(1)
+    return 10 * torch.log10(4 / mse.clamp(min=4e-5))
+
+
+def options_parser():
+    p = argparse.ArgumentParser(description="Train the video tokenizer on the drawn world")
+    p.add_argument("--stride", type=lambda s: parse_size(s, 3), default=(4, 8, 8), help="frames x rows x columns (4x8x8)")
+    p.add_argument("--size", type=parse_size, default=(64, 64), help="HEIGHTxWIDTH of the clips (64x64)")
+    p.add_argument("--frames", type=int, default=25, help="of the held-out clips; training uses three latent frames (25)")
+    p.add_argument("--width", type=int, default=192)
+    p.add_argument("--blocks", type=int, default=3)
+    p.add_argument("--steps", type=int, default=8000)
+    p.add_argument("--decoder-steps", type=int, default=4000, help="more for the decoder alone, behind them")
+    p.add_argument("--batch", type=int, default=16)
+    p.add_argument("--lr", type=float, default=2e-3)
+    p.add_argument("--noise", type=float, default=0.1, help="std added to the tokens while training: smooth tokens forgive errors")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", type=Path, default=Path("out"), help="folder for tokenizer-STRIDE.pt (out)")
+    p.add_argument("--device")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"))
+    return p
+
+
+def main():
+    a = options_parser().parse_args()
+    check_size(a.stride, a.frames, *a.size)
+    if min(a.steps, a.batch, a.width // 4, a.blocks) < 1:
+        raise Bad("--steps, --batch and --blocks must be at least 1, --width at least 4")
+    device = choose_device(a.device)
+    dtype = choose_dtype(a.dtype, device)
+    path = a.out / f"tokenizer-{'x'.join(map(str, a.stride))}.pt"
+    torch.manual_seed(a.seed)
+    tokenizer = Tokenizer(a.stride, width=a.width, blocks=a.blocks).to(device)
+    short, total = min(a.frames, 1 + 2 * a.stride[0]), a.steps + a.decoder_steps
+    print(f"tokenizer {path.stem}: {sum(w.numel() for w in tokenizer.parameters()) / 1e6:.1f} M parameters, {a.steps} + {a.decoder_steps} steps "
+          f"of {a.batch} clips {a.size[0]}x{a.size[1]}x{short}, {device.type}, {str(dtype)[6:]}", flush=True)
+    held, start = to_float(draw(range(32), a.frames, a.size, held_out=True)[0]).to(device), time.time()
+    bar = tqdm(range(total), mininterval=1)
+    for step in bar:
+        alone = step >= a.steps  # the decoder is finished on tokens that no longer move
+        first, steps, peak = (a.steps, a.decoder_steps, a.lr / 2) if alone else (0, a.steps, a.lr)
+        if step == first:
+            optimiser = torch.optim.AdamW((tokenizer.decoder if alone else tokenizer).parameters(), peak, betas=(0.9, 0.95), weight_decay=0.01)
+        for group in optimiser.param_groups:
+            group["lr"] = peak * min(1, (step - first + 1) / 100) * (1 - (step - first) / steps)  # warm-up, then down a line
+        video = to_float(draw(range(step * a.batch, (step + 1) * a.batch), short, a.size)[0].to(device))
+        tokenizer.normalise.train(not alone)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with torch.set_grad_enabled(not alone):
+                tokens = tokenizer.encode(video)
+            again = tokenizer.decode(tokens + a.noise * torch.randn_like(tokens))
+        loss = F.mse_loss(again, video) + 0.1 * F.relu(tokens.abs() - 3).square().mean()  # no heavy tails: easier to model
+        loss.backward()
+        nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
+        optimiser.step()
+        tokenizer.zero_grad()
+        if (step + 1) % 500 == 0 or step + 1 == total:
+            tokenizer.normalise.eval()
+            with torch.no_grad():
+                tokens = tokenizer.encode(held)
+                score = psnr(tokenizer.decode(tokens), held).mean()
+            save(pack(tokenizer), path)
+            bar.write(f"step {step + 1}: held-out PSNR {score:.2f} dB, largest token {tokens.abs().max():.1f}, {(time.time() - start) / 60:.1f} min", sys.stdout)
+        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+    print(f"wrote {path}: {score:.2f} dB mean PSNR over 32 held-out clips {a.size[0]}x{a.size[1]}x{a.frames}")
+
+
+if __name__ == "__main__":
+    run(main)

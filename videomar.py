@@ -1,0 +1,375 @@
+"""VideoMAR: autoregressive video generation with continuous tokens (arXiv 2506.14168), the model in one file.
+
+A clip of 1 + s*k pixel frames is T = 1 + k latent frames of N = h*w tokens of C channels (tokenizer.py). Frame 0 is
+given. Every later frame starts as N [MASK] tokens and is filled in a few steps; the transformer reads all earlier
+frames and the tokens filled so far, and a small diffusion MLP draws each token's value from its hidden state.
+
+In the order the data flows: configuration, positions, attention and its cache, block, diffusion, model and loss,
+the schedules that training and sampling share. The sampler that runs all this frame by frame is in sample.py.
+
+"MAR" is Li et al. 2024 (arXiv 2406.11838), "I-DDPM" Nichol & Dhariwal 2021 (2102.09672), "ours" nobody's but ours.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+
+# ---------------------------------------------------------------------------------------------- configuration
+@dataclass
+class Config:
+    layers: int = 36
+    dim: int = 1536
+    heads: int = 24
+    channels: int = 16  # C, of a token
+    head_layers: int = 3  # the diffusion MLP, paper 5.1
+    head_dim: int = 1280
+    text_dim: int = 1536  # width of the text encoder's states
+    rope_base: float = 100.0  # ours: the slowest of the rotations turns once in about 400 tokens
+    diffusion_steps: int = 1000  # paper 5.1
+    diffusion_repeats: int = 4  # noise draws for every masked token, MAR
+    clamp: float = 4.0  # of the predicted x_0 while sampling, in standard deviations of a token (ours)
+    text_drop: float = 0.1  # for classifier-free guidance, MAR
+    mask_ratio: tuple = (1.0, 0.25, 0.7, 1.0)  # truncated normal: mean, std, low, high (paper 5.1, MAR)
+    unmask_steps: int = 64  # while sampling: steps a frame, diffusion steps a token, guidance (paper 5.1)
+    sample_steps: int = 100
+    cfg: float = 3.0
+    # The ablations of paper Table 4 and Appendix A. The defaults are VideoMAR.
+    attention: str = "causal"  # or "full"
+    loss: str = "next-frame"  # or "total-mask"
+    position: str = "rope"  # or "absolute"
+
+
+PRESETS = {
+    "toy": Config(layers=6, dim=192, heads=6, head_dim=256, text_dim=128, unmask_steps=16, sample_steps=25),
+    "paper": Config(),
+}
+
+
+# --------------------------------------------------------------------------------------------------- positions
+def grid_positions(start, frames, h, w, device=None):
+    """Positions (t, y, x) of the tokens of `frames` latent frames from frame `start` on -> (frames*h*w, 3)."""
+    t, y, x = torch.arange(start, start + frames, device=device), torch.arange(h, device=device), torch.arange(w, device=device)
+    return rearrange(torch.stack(torch.meshgrid(t, y, x, indexing="ij")), "a t h w -> (t h w) a").float()
+
+
+def axis_dims(dim):
+    """A head's channels for t, y and x: a quarter and twice three eighths; 64 is 16 + 24 + 24 (ours)."""
+    space = 2 * (dim * 3 // 16)
+    return dim - 2 * space, space, space
+
+
+def rope_angles(positions, dim, base):
+    """3D-RoPE (paper 4.3): the angles by which pairs of channels turn -> (tokens, dim / 2).
+
+    Each axis has channels of its own, so the product of a turned query and a turned key depends on the three offsets.
+    """
+    angles = []
+    for p, d in zip(positions.unbind(-1), axis_dims(dim)):
+        frequencies = base ** (-torch.arange(0, d, 2, device=p.device) / d)
+        angles.append(p[:, None] * frequencies)
+    return torch.cat(angles, -1)
+
+
+def rotate(x, cos, sin):
+    """Turns channel pairs (i, i + dim/2) of x (batch, head, token, dim) by the angles of `rope_angles`."""
+    (a, b), cos, sin = x.chunk(2, -1), cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def absolute_code(positions, dim, base=10000.0):
+    """The absolute cosine code that Appendix A compares with: added to the tokens instead of turning them."""
+    angles = rope_angles(positions, dim, base)
+    return torch.cat([angles.cos(), angles.sin()], -1)  # (tokens, dim)
+
+
+# --------------------------------------------------------------------------------------- attention and its cache
+class Cache:
+    """Keys and values of the finished frames, per layer, in buffers allocated once (paper 4.3).
+
+    The slot behind the finished frames belongs to the frame in the making: each step overwrites it in place, and
+    `advance` keeps it. Guidance doubles the batch, so that each branch has its own half of the buffers.
+    """
+
+    def __init__(self, config, batch, tokens, device=None, dtype=None):
+        shape = (config.layers, 2, batch, config.heads, tokens, config.dim // config.heads)
+        self.buffer = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0  # tokens of finished frames
+
+    def update(self, layer, k, v):
+        """Writes k, v (batch, head, new, dim) behind the finished frames -> keys and values up to there, as views."""
+        end = self.length + k.shape[2]
+        self.buffer[layer, 0, :, :, self.length:end] = k
+        self.buffer[layer, 1, :, :, self.length:end] = v
+        return self.buffer[layer, 0, :, :, :end], self.buffer[layer, 1, :, :, :end]
+
+    def advance(self, tokens):
+        self.length += tokens
+
+
+def attend(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(d)) v. mask (batch, 1, 1, keys) is True where a key may be seen."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # plain products: the CPU's fused backward is slower
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+def frame_causal_attention(q, k, v, n):
+    """Each frame of n tokens sees itself and all earlier frames (paper 4.1); k and v may begin before q does.
+
+    No mask: one product per frame, its queries against the keys up to its end, is the same and wastes nothing.
+    """
+    past = k.shape[2] - q.shape[2]
+    return torch.cat([attend(q[:, :, i:i + n], k[:, :, :past + i + n], v[:, :, :past + i + n])
+                      for i in range(0, q.shape[2], n)], 2)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: self-attention, cross-attention to the text, MLP."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.heads, self.causal = layer, config.heads, config.attention == "causal"
+        d = config.dim
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(d), nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.cross_q, self.cross_kv, self.cross_out = nn.Linear(d, d), nn.Linear(d, 2 * d), nn.Linear(d, d)
+        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d))
+
+    def read_text(self, states):
+        """Text states (batch, word, dim) -> keys and values of the cross-attention, the same for every step."""
+        return rearrange(self.cross_kv(states), "b l (two h d) -> two b h l d", two=2, h=self.heads)
+
+    def forward(self, x, turn, text, text_mask, n, cache=None, last_frame=False):
+        q, k, v = rearrange(self.qkv(self.norm1(x)), "b l (three h d) -> three b h l d", three=3, h=self.heads)
+        if turn is not None:
+            q, k = rotate(q, *turn), rotate(k, *turn)
+        if last_frame:
+            x, q = x[:, -n:], q[:, :, -n:]
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        y = frame_causal_attention(q, k, v, n) if self.causal else attend(q, k, v)
+        x = x + self.out(rearrange(y, "b h l d -> b l (h d)"))
+        q = rearrange(self.cross_q(self.norm2(x)), "b l (h d) -> b h l d", h=self.heads)
+        x = x + self.cross_out(rearrange(attend(q, *text, text_mask), "b h l d -> b l (h d)"))
+        return x + self.mlp(self.norm3(x))
+
+
+# --------------------------------------------------------------------------------------------------- diffusion
+class Diffusion(nn.Module):
+    """The schedule of I-DDPM: cosine, 1000 steps, noise prediction, a variance learned between two bounds.
+
+    With `steps` below 1000 the schedule is respaced: evenly chosen steps of the long one, whose products of alphas
+    are kept. Computed in float64; everything done with it is float32, whatever the network runs in.
+    """
+
+    def __init__(self, total=1000, steps=None):
+        super().__init__()
+        self.steps = steps = steps or total
+        f = torch.cos((torch.arange(total + 1, dtype=torch.float64) / total + 0.008) / 1.008 * math.pi / 2) ** 2
+        abar = torch.cumprod(1 - (1 - f[1:] / f[:-1]).clamp(max=0.999), 0)  # I-DDPM eq. 17
+        timesteps = torch.linspace(0, total - 1, steps, dtype=torch.float64).round().long()
+        abar = abar[timesteps]
+        before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+        beta = 1 - abar / before
+        variance = beta * (1 - before) / (1 - abar)  # of the posterior q(x_{t-1} | x_t, x_0)
+        variance[0] = variance[1] if steps > 1 else beta[0]  # it is 0 there and its logarithm is wanted
+        coefficients = torch.stack([
+            abar.sqrt(), (1 - abar).sqrt(),  # x_t = a x_0 + s noise
+            beta * before.sqrt() / (1 - abar), (1 - before) * (1 - beta).sqrt() / (1 - abar),  # posterior mean
+            variance.log(), beta.log()])  # the two bounds of the learned log variance
+        self.register_buffer("table", coefficients.float()[..., None, None], persistent=False)  # (6, steps, 1, 1)
+        self.register_buffer("timesteps", timesteps, persistent=False)
+
+    def q_sample(self, x0, i, noise):
+        """x_t of step i (tokens,) from x_0 and noise (tokens, C)."""
+        a, s = self.table[:2, i, 0]
+        return a * x0 + s * noise
+
+    def x0_from(self, x, i, eps):
+        a, s = self.table[:2, i, 0]
+        return (x - s * eps) / a
+
+    def posterior(self, x0, x, i, v):
+        """Mean and log variance of p(x_{t-1} | x_t); v in [-1, 1] places the latter between its bounds."""
+        c0, cx, low, high = self.table[2:, i, 0]
+        return c0 * x0 + cx * x, low + (v + 1) / 2 * (high - low)
+
+    def loss(self, net, x0, z):
+        """MAR's hybrid loss of tokens x0 (tokens, C), given z (tokens, dim) -> per token (tokens,).
+
+        Mean square error of the noise, plus the variational term (I-DDPM eq. 4) that teaches the variance alone:
+        the mean in it is detached. net(x_t, timestep, z) -> (tokens, 2C).
+        """
+        i = torch.randint(self.steps, x0.shape[:1], device=x0.device)
+        noise = torch.randn_like(x0)
+        x = self.q_sample(x0, i, noise)
+        eps, v = net(x, self.timesteps[i], z).float().chunk(2, -1)
+        true_mean, true_logvar = self.posterior(x0, x, i, torch.full_like(v, -1))
+        mean, logvar = self.posterior(self.x0_from(x, i, eps.detach()), x, i, v)
+        kl = 0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp() + (true_mean - mean) ** 2 * (-logvar).exp())
+        nll = 0.5 * (logvar + (x0 - mean) ** 2 * (-logvar).exp() + math.log(2 * math.pi))
+        variational = torch.where(i[:, None] == 0, nll, kl) / math.log(2)
+        return ((eps - noise) ** 2 + variational).mean(-1)
+
+    def sample(self, net, z, channels, temperature=1.0, guidance=None, clamp=4.0):
+        """Ancestral sampling of tokens given z (tokens, dim) -> (tokens, C).
+
+        temperature multiplies the noise of each step (MAR). guidance (tokens or 1, 1): z holds a conditional and a
+        null half, and eps = null + guidance (conditional - null). The predicted x_0 is clamped (ours): the last
+        step of the cosine schedule divides errors by sqrt(2.4e-9), and without it early models paint black.
+        """
+        rows = len(z) if guidance is None else len(z) // 2
+        x = torch.randn(rows, channels, device=z.device)
+        for i in reversed(range(self.steps)):
+            both = x if guidance is None else torch.cat([x, x])
+            eps, v = net(both, self.timesteps[i].expand(len(both)), z).float().chunk(2, -1)
+            if guidance is not None:
+                (eps, null), v = eps.chunk(2), v.chunk(2)[0]
+                eps = null + guidance * (eps - null)
+            mean, logvar = self.posterior(self.x0_from(x, i, eps).clamp(-clamp, clamp), x, i, v)
+            x = mean if i == 0 else mean + temperature * (0.5 * logvar).exp() * torch.randn_like(x)
+        return x
+
+
+class DiffusionHead(nn.Module):
+    """The small MLP that denoises one token given its hidden state (paper 5.1, MAR): AdaLN residual blocks."""
+
+    def __init__(self, config):
+        super().__init__()
+        w, c = config.head_dim, config.channels
+        self.time = nn.Sequential(nn.Linear(256, w), nn.SiLU(), nn.Linear(w, w))
+        self.condition, self.token = nn.Linear(config.dim, w), nn.Linear(c, w)
+        self.modulate = nn.ModuleList(nn.Linear(w, 3 * w) for _ in range(config.head_layers))
+        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(w, w), nn.SiLU(), nn.Linear(w, w)) for _ in self.modulate)
+        self.last_modulate, self.out = nn.Linear(w, 2 * w), nn.Linear(w, 2 * c)
+        for layer in (*self.modulate, self.last_modulate, self.out):  # every block starts as the identity
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x, timestep, z):
+        """Noisy tokens x (tokens, C), timestep (tokens,), hidden states z (tokens, dim) -> noise, variance (tokens, 2C)."""
+        frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=x.device) / 128)
+        angles = timestep[:, None].float() * frequencies
+        c = F.silu(self.time(torch.cat([angles.cos(), angles.sin()], -1)) + self.condition(z))
+        x = self.token(x)
+        for modulate, mlp in zip(self.modulate, self.mlps):
+            shift, scale, gate = modulate(c).chunk(3, -1)
+            x = x + gate * mlp(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift)
+        shift, scale = self.last_modulate(c).chunk(2, -1)
+        return self.out(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift)
+
+
+# ------------------------------------------------------------------------------------------------------- model
+class VideoMAR(nn.Module):
+    """The backbone and its head.
+
+    text: a module that maps a list of captions to states (batch, word, text_dim) and a mask (batch, word), True at
+    words; see tokenizer.py. Tokens have unit variance per channel, as the tokenizer makes them.
+    """
+
+    def __init__(self, config, text):
+        super().__init__()
+        self.config, self.text = config, text
+        self.token_in = nn.Linear(config.channels, config.dim)
+        self.mask_token = nn.Parameter(torch.zeros(config.dim))
+        self.null_text = nn.Parameter(torch.zeros(config.text_dim))
+        self.text_in = nn.Linear(config.text_dim, config.dim)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
+        self.norm = nn.LayerNorm(config.dim)
+        self.head = DiffusionHead(config)
+        self.diffusion = Diffusion(config.diffusion_steps)
+        for p in (self.mask_token, self.null_text):
+            nn.init.normal_(p, std=0.02)
+        for block in self.blocks:
+            for module in block.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.xavier_uniform_(module.weight)
+                    nn.init.zeros_(module.bias)
+            for module in (block.out, block.cross_out, block.mlp[-1]):  # every block starts as the identity (ours)
+                nn.init.zeros_(module.weight)
+
+    def read_text(self, captions, null):
+        """Captions and null (batch,), True where the learned null replaces the text -> what `hidden` takes as text:
+        each layer's cross-attention keys and values (2, batch, head, word, d), and the mask (batch, 1, 1, word)."""
+        states, mask = self.text(captions)
+        states = torch.where(null[:, None, None], self.null_text, states)
+        states = self.text_in(states)
+        return [block.read_text(states) for block in self.blocks], (mask | null[:, None])[:, None, None]
+
+    def hidden(self, x, masked, text, grid, start=0, cache=None, last_frame=False):
+        """Hidden states of some frames of a clip.
+
+        x: tokens (batch, frames * n, C), n = h * w; masked: (batch, frames * n), True where [MASK] stands in;
+        text: from `read_text`; grid: (h, w); start: the number of the first frame in x; cache: holds the frames
+        before it. -> (batch, frames * n, dim), or with last_frame only that frame's: the last block skips the others.
+        """
+        config, n = self.config, grid[0] * grid[1]
+        positions = grid_positions(start, x.shape[1] // n, *grid, x.device)
+        h = torch.where(masked[..., None], self.mask_token, self.token_in(x))
+        if config.position == "rope":
+            angles = rope_angles(positions, config.dim // config.heads, config.rope_base)
+            turn = angles.cos(), angles.sin()
+        else:
+            h, turn = h + absolute_code(positions, config.dim), None
+        keys_values, text_mask = text
+        for block, kv in zip(self.blocks, keys_values):
+            h = block(h, turn, kv, text_mask, n, cache, last_frame and block is self.blocks[-1])
+        return self.norm(h)
+
+    def forward(self, x, captions, t, cut=True):
+        """Next-frame diffusion loss (paper eq. 4.1) of latents x (batch, T, h, w, C), with the loss on frame t.
+
+        Frames before t are whole, t is partly masked, later ones are wholly masked. Under frame-causal attention
+        nothing sees them, so the sequence is cut after t: the same loss and gradients for less work (ours).
+        With loss "total-mask" (eq. 3.1) all frames are masked at one ratio and t is ignored. -> scalar, float32.
+        """
+        config = self.config
+        batch, frames, *grid, _ = x.shape
+        n = grid[0] * grid[1]
+        x = x.flatten(1, 3)  # (batch, frames * n, C)
+        first, last = (t * n, (t + 1) * n) if config.loss == "next-frame" else (0, frames * n)
+        text = self.read_text(captions, torch.rand(batch, device=x.device) < config.text_drop)
+        count = math.ceil((last - first) * draw_mask_ratio(config.mask_ratio))
+        chosen = first + torch.rand(batch, last - first, device=x.device).argsort(1)[:, :count]  # a random set each
+        masked = torch.arange(x.shape[1], device=x.device).expand(batch, -1) >= last
+        masked = masked.scatter(1, chosen, True)
+        cut = cut and config.attention == "causal" and config.loss == "next-frame"
+        h = self.hidden(x[:, :last], masked[:, :last], text, grid, last_frame=True) if cut else self.hidden(x, masked, text, grid)[:, first:]
+        z = h.take_along_dim((chosen - first)[..., None], 1).flatten(0, 1)  # (batch * count, dim)
+        target = x.take_along_dim(chosen[..., None], 1).flatten(0, 1)
+        k = config.diffusion_repeats
+        return self.diffusion.loss(self.head, target.float().repeat(k, 1), z.repeat(k, 1)).mean()
+
+
+# --------------------------------------------------------------------------------------------------- schedules
+def draw_mask_ratio(mask_ratio):
+    """The share of tokens masked in a training step: a truncated normal draw (paper 5.1, MAR) -> float."""
+    mean, std, low, high = mask_ratio
+    return nn.init.trunc_normal_(torch.empty(1), mean, std, low, high).item()
+
+
+def unmask_counts(n, steps):
+    """How many of n tokens each step reveals, so that floor(n cos(pi/2 (i+1)/K)) stay masked after step i (MAR).
+
+    At least one each; with more steps than tokens the list is shorter than `steps`. It sums to n.
+    """
+    counts, left = [], n
+    for i in range(steps):
+        keep = min(math.floor(n * math.cos(math.pi / 2 * (i + 1) / steps)), left - 1) if i < steps - 1 else 0
+        counts.append(left - keep)
+        left = keep
+        if not left:
+            break
+    return counts
+
+
+def progressive_temperature(t):
+    """Of the t-th generated frame, from 0: 1.0, 0.91, 0.901 ... (paper App. B)."""
+    return 0.9 + 10.0 ** -(t + 1)
