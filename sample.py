@@ -7,6 +7,7 @@
 import argparse
 import importlib.util
 import json
+import math
 import os
 import shutil
 import time
@@ -18,7 +19,7 @@ import torch
 from PIL import Image, ImageOps, ImageSequence
 from tqdm import tqdm
 
-from tokenizer import DATA, Bad, Words, check_size, choose_device, choose_dtype, draw, load, parse_size, psnr, run, to_float, unpack
+from tokenizer import DATA, Bad, Words, check_options, check_size, check_writable, choose_device, choose_dtype, draw, load, parse_size, psnr, run, to_float, unpack
 from videomar import Cache, Config, Diffusion, VideoMAR, progressive_temperature, unmask_counts
 
 
@@ -58,7 +59,7 @@ def generate(model, given, captions, frames, steps=None, diffusion_steps=None, c
 
     if use_cache:
         hidden(0, n0)
-        cache.advance(n0 * n)
+        cache.length = n0 * n
     # Next-frame: one frame after the other. Total-mask: all of them as one large picture.
     parts = [(t, t + 1) for t in range(n0, frames)] if config.loss == "next-frame" else [(n0, frames)] * (frames > n0)
     for first, last in tqdm(parts, "latent frames", disable=not progress):
@@ -78,7 +79,7 @@ def generate(model, given, captions, frames, steps=None, diffusion_steps=None, c
             masked.scatter_(1, chosen, False)
         if use_cache and last < frames:
             hidden(first, last)  # once more, now that the frame is finished: these keys and values stay
-            cache.advance(n)
+            cache.length += n
     return x.view(batch, frames, *grid, channels)
 
 
@@ -96,9 +97,10 @@ def load_model(path, device, content=None):
         model.load_state_dict(content["ema"])
         settings = content["settings"]
         settings["frames"][-1], settings["size"]
+        tokenizer = unpack(content["tokenizer"], path)
     except (KeyError, TypeError, RuntimeError, AttributeError, IndexError) as e:
         raise Bad(f"{path}: its weights do not fit this model ({type(e).__name__}); train one with train.py") from None
-    return model.float().to(device).eval().requires_grad_(False), unpack(content["tokenizer"], path).to(device), settings
+    return model.float().to(device).eval(), tokenizer.to(device), settings
 
 
 # ------------------------------------------------------------------------------------------- pictures and video
@@ -165,12 +167,12 @@ def write(path, save):
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(part, path)
-    except OSError as e:
+    except Exception as e:  # a full disk, or more pixels than the format can hold
         if part.is_dir():
             shutil.rmtree(part)
         elif path.parent.is_dir():
             part.unlink(missing_ok=True)
-        raise Bad(f"{path}: cannot write it ({e.strerror or e}); choose a place with room with --out") from None
+        raise Bad(f"{path}: cannot write it ({getattr(e, 'strerror', None) or e}); choose another place with --out, or a smaller --scale") from None
 
 
 def write_mp4(path, video, fps):
@@ -254,48 +256,39 @@ def options_parser():
     return p
 
 
-def check_options(a):
+def check(a):
     """The values no checkpoint is needed to judge. Raises Bad."""
-    for name in ("frames", "steps", "diffusion_steps", "n", "context", "scale", "eval"):
-        value = getattr(a, name)
-        if value is not None and value < 1:
-            raise Bad(f"--{name.replace('_', '-')} {value}: it must be at least 1")
-    if a.diffusion_steps and a.diffusion_steps > 1000:
-        raise Bad(f"--diffusion-steps {a.diffusion_steps}: the model was trained with 1000; give 1 to 1000")
-    if a.cfg is not None and not 0 <= a.cfg <= 100:
-        raise Bad(f"--cfg {a.cfg}: it must be between 0 and 100; 1 is no guidance, 3 the paper's")
     if a.temperature != "progressive":
         try:
             a.temperature = float(a.temperature)
         except ValueError:
             raise Bad(f"--temperature {a.temperature}: give progressive or a number such as 0.9") from None
-        if not 0 <= a.temperature <= 2:
-            raise Bad(f"--temperature {a.temperature}: it must be between 0 and 2")
-    if not 0 < a.fps <= 240:
-        raise Bad(f"--fps {a.fps}: it must be above 0 and at most 240")
+        check_options(a, temperature=(0, 2))
+    check_options(a, frames=(1, math.inf), steps=(1, math.inf), diffusion_steps=(2, 1000), cfg=(0, 100), n=(1, math.inf), context=(1, math.inf),
+                  scale=(1, 64), fps=(1, 240), eval=(1, math.inf), seed=(0, 2**63 - 1))
     if a.img and a.video:
         raise Bad("--img and --video: give one of the two")
     if a.out and a.out.suffix not in (".gif", ".webp", ".png", ".mp4", ""):
         raise Bad(f"--out {a.out}: ending {a.out.suffix} is not known; use .gif, .webp, .png, .mp4, or none for a folder")
     if a.out and a.out.suffix == ".mp4" and importlib.util.find_spec("av") is None:
         raise Bad("--out .mp4 needs the package av: pip install av, or choose .gif, .webp or .png")
-    there = next(p for p in (a.out or Path("out/x")).absolute().parents if p.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise Bad(f"{a.out or 'out'}: {there} is not a folder that can be written; choose another place with --out")
+    check_writable(a.out or Path("out/x"))
     if not a.eval and not (a.img or a.video):
         raise Bad("nothing to start from: give --img PICTURE (try --img cat.png), --video CLIP or --eval N")
 
 
 def main():
     a = options_parser().parse_args()
-    check_options(a)
+    check(a)
     device = choose_device(a.device)
     dtype = choose_dtype(a.dtype, device)
-    torch.manual_seed(a.seed)
     a.ckpt = a.ckpt or default_checkpoint()
     model, tokenizer, settings = load_model(a.ckpt, device)
+    torch.manual_seed(a.seed)
     size, frames = a.size or tuple(settings["size"]), a.frames or settings["frames"][-1]
     check_size(tokenizer.stride, frames, *size)
+    if a.eval and frames == 1:
+        raise Bad(f"--frames 1: there is nothing to compare behind the given picture; give {1 + tokenizer.stride[0]} or more")
     print(f"checkpoint {a.ckpt}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {frames} frames {size[0]}x{size[1]}")
     options = dict(steps=a.steps, diffusion_steps=a.diffusion_steps, cfg=a.cfg, cfg_schedule=a.cfg_schedule,
                    temperature=a.temperature, use_cache=not a.no_cache)
@@ -303,7 +296,8 @@ def main():
         if a.eval:
             return evaluate(model, tokenizer, a.eval, frames, size, options, a.out or Path("out/eval.gif"), a.fps)
         source = find(a.img or a.video)
-        text = source.with_suffix(".txt")
+        source = source.resolve() if source.is_dir() else source  # "." has a name, too
+        text = source.parent / f"{source.stem}.txt"
         prompt = a.prompt if a.prompt is not None else text.read_text(errors="replace").strip() if text.is_file() else ""
         print(f"prompt: {prompt[:200]!r}" + ("" if a.prompt is not None or not prompt else f" (from {text})"))
         s = tokenizer.stride[0]

@@ -7,6 +7,7 @@ is a module that maps captions to states and a mask. Whatever offers these can s
     python tokenizer.py --stride 8x16x16 --size 128x192 --frames 49 --width 256  the stronger one of the second
 """
 import argparse
+import math
 import os
 import re
 import sys
@@ -32,14 +33,36 @@ class Bad(Exception):
 
 
 def run(main):
-    """Runs a script's main: bad input is one line on stderr and exit code 2, without a traceback."""
+    """Runs a script's main: bad input, a full disk or too little memory is one line on stderr and exit code 2."""
     try:
-        main()
-    except Bad as e:
-        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
-        sys.exit(2)
+        return main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except Bad as e:
+        line = e
+    except OSError as e:
+        line = f"{e.filename or 'output'}: {e.strerror}"
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e):  # the CPU's has no class
+            raise
+        line = "not enough memory; ask for a smaller --size, --batch or --n, or fewer --frames"
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check_options(a, **limits):
+    """Raises Bad for the first option that is given and not within its limits (least, most), naming it."""
+    for name, (least, most) in limits.items():
+        value = getattr(a, name)
+        if value is not None and not least <= value <= most:
+            raise Bad(f"--{name.replace('_', '-')} {value}: it must be " + (f"at least {least}" if most == math.inf else f"from {least} to {most}"))
+
+
+def check_writable(path, option="--out"):
+    """Raises Bad unless a file can be written at `path`, whose folders may still be missing."""
+    there = next(p for p in Path(path).absolute().parents if p.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)) or Path(path).name in ("", ".."):
+        raise Bad(f"{option} {path}: {there} is not a folder that can be written; choose another place")
 
 
 # ------------------------------------------------------------------------------------------------------- video
@@ -172,7 +195,7 @@ def unpack(content, path="checkpoint"):
     try:
         tokenizer = Tokenizer(**{k: content[k] for k in ("stride", "channels", "width", "blocks")})
         tokenizer.load_state_dict(content["state"])
-    except (KeyError, TypeError, RuntimeError):
+    except (KeyError, TypeError, RuntimeError, IndexError, ValueError, AttributeError):
         raise Bad(f"{path}: its tokenizer does not fit this code; train one with tokenizer.py") from None
     return tokenizer.eval().requires_grad_(False)
 
@@ -181,9 +204,12 @@ def choose_device(name=None):
     """`name`, or the best device there is. Raises Bad for one that is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = name or next(k for k, ok in there.items() if ok)
-    if not there.get(name.split(":")[0], False):
-        raise Bad(f"--device {name}: there is none here; this machine has {', '.join(k for k, ok in there.items() if ok)}")
-    return torch.device(name)
+    try:
+        if not there[name.split(":")[0]]:
+            raise KeyError
+        return torch.empty(0, device=name).device
+    except (KeyError, RuntimeError, AssertionError):
+        raise Bad(f"--device {name}: there is none here; this machine has {', '.join(k for k, ok in there.items() if ok)}") from None
 
 
 def choose_dtype(name, device):
@@ -240,11 +266,12 @@ def options_parser():
 def main():
     a = options_parser().parse_args()
     check_size(a.stride, a.frames, *a.size)
-    if min(a.steps, a.batch, a.width // 4, a.blocks) < 1:
-        raise Bad("--steps, --batch and --blocks must be at least 1, --width at least 4")
+    check_options(a, steps=(1, math.inf), decoder_steps=(0, math.inf), batch=(1, math.inf), width=(4, math.inf), blocks=(0, math.inf),
+                  lr=(1e-9, 1), noise=(0, 10), seed=(0, 2**63 - 1))
     device = choose_device(a.device)
     dtype = choose_dtype(a.dtype, device)
     path = a.out / f"tokenizer-{'x'.join(map(str, a.stride))}.pt"
+    check_writable(path)
     torch.manual_seed(a.seed)
     tokenizer = Tokenizer(a.stride, width=a.width, blocks=a.blocks).to(device)
     short, total = min(a.frames, 1 + 2 * a.stride[0]), a.steps + a.decoder_steps

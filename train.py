@@ -8,6 +8,7 @@ import argparse
 import copy
 import csv
 import importlib.util
+import math
 import os
 import random
 import re
@@ -27,10 +28,11 @@ from torch import nn
 from tqdm import tqdm
 
 from sample import generate, load_model, to_uint8, write_strip
-from tokenizer import DATA, Bad, Words, check_size, choose_device, choose_dtype, draw, load, pack, parse_size, psnr, run, save, to_float, unpack
+from tokenizer import (DATA, Bad, Words, check_options, check_size, check_writable, choose_device, choose_dtype, draw, load, parse_size, psnr,
+                       run, save, to_float, unpack)
 from videomar import PRESETS, VideoMAR
 
-STEPS = {"toy": (5000, 1000, 1400), "paper": (50000, 50000, 100000)}  # of three stages: 5, 13 and 25 frames
+STEPS = {"toy": (3600, 700, 900), "paper": (50000, 50000, 100000)}  # of three stages: 5, 13 and 25 frames
 RATE = {"toy": 1.5e-3, "paper": 1e-4}  # the paper's, and one that suits a small model
 
 
@@ -57,8 +59,9 @@ def options_parser():
     p.add_argument("--accumulate", type=int, default=1, help="parts in which each rank takes its share of the batch (1)")
     p.add_argument("--lr", type=float, help="learning rate (by the preset)")
     p.add_argument("--warmup", type=int, default=100, help="steps in which the rate rises (100)")
-    p.add_argument("--decay", type=float, default=0.5, help="last share of all steps in which the rate falls to 0 (0.5; MAR 0)")
+    p.add_argument("--decay", type=float, default=1.0, help="last share of all steps in which the rate falls to 0 (1; MAR 0)")
     p.add_argument("--ema", type=float, default=0.9999, help="of the averaged weights, less at the start (0.9999)")
+    p.add_argument("--noise", type=float, default=0.15, help="std of the noise on the tokens (0.15): see the loop")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (500)")
     p.add_argument("--attention", choices=("causal", "full"), default="causal", help="the paper's ablations")
@@ -92,12 +95,13 @@ def plan(argv=None):
         check_size(a.stride, frames, *a.size)
         if frames <= a.stride[0]:
             raise Bad(f"--frames {frames}: at least {1 + a.stride[0]} are needed, the given picture and one latent frame")
-    for name, ok, what in (("steps", min(a.steps) > 0, "above 0"), ("batch", a.batch > 0, "above 0"),
-                           ("lr", a.lr is None or a.lr > 0, "above 0"), ("accumulate", a.accumulate > 0, "above 0"),
-                           ("ema", 0 <= a.ema < 1, "from 0 to below 1"), ("decay", 0 <= a.decay <= 1, "from 0 to 1"),
-                           ("save_every", a.save_every > 0, "above 0"), ("warmup", a.warmup > 0, "above 0")):
-        if not ok:
-            raise Bad(f"--{name.replace('_', '-')} {getattr(a, name)}: it must be {what}")
+    if min(a.steps) < 1:
+        raise Bad(f"--steps {min(a.steps)}: each stage must have at least 1")
+    check_options(a, batch=(1, math.inf), accumulate=(1, math.inf), lr=(1e-9, 1), warmup=(1, math.inf), decay=(0, 1), ema=(0, 0.999999), noise=(0, 10),
+                  seed=(0, 2**23 - 1), save_every=(1, math.inf))
+    check_writable(a.out / "ckpt.pt")
+    if a.export:
+        check_writable(a.export, "--export")
     if a.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise Bad("--tensorboard needs the package tensorboard: pip install tensorboard")
     a.lr = a.lr or RATE[a.preset]
@@ -125,9 +129,10 @@ def main():
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = choose_device(a.device)
     dtype = choose_dtype(a.dtype, device)
+    a.dtype = str(dtype)[6:]
     if world_size > 1:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     shards = world_size * a.accumulate
@@ -152,10 +157,12 @@ def main():
     config = replace(PRESETS[a.preset], attention=a.attention, loss=a.loss, position=a.position, channels=tokenizer.channels)
     if checkpoint or a.init:
         path = a.out / "ckpt.pt" if checkpoint else a.init
-        model = load_model(path, device, checkpoint)[0].requires_grad_(True).train()
+        model = load_model(path, device, checkpoint)[0].train()
+        for name in ("layers", "dim", "channels", "attention", "loss", "position"):
+            had, wanted = getattr(model.config, name), getattr(config, name)
+            if had != wanted:
+                raise Bad(f"{path}: its model has {name} {had}, not {wanted}; give the --preset, --attention, --loss and --position it was trained with")
         config = model.config
-        if config.channels != tokenizer.channels:
-            raise Bad(f"{path}: it was trained on {config.channels} channels, {a.tokenizer} has {tokenizer.channels}")
     else:
         model = VideoMAR(config, Words(config.text_dim)).to(device)
     decayed = [p for p in model.parameters() if p.dim() > 1]
@@ -172,13 +179,16 @@ def main():
             module.compile()
     learner = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
 
+    args = {k: v for k, v in vars(a).items() if k not in ("resume", "out", "device", "init", "export", "compile")}
+
+    def save_to(path, **state):
+        save({"kind": "videomar", "config": asdict(config), "settings": {"frames": a.frames, "size": a.size, "stride": a.stride},
+              "tokenizer": packed, "step": step, **state}, path)
+
     def checkpoint_now():
         if rank == 0:
-            settings = {"frames": a.frames, "size": a.size, "stride": a.stride}
-            args = {k: v for k, v in vars(a).items() if k not in ("resume", "out", "device", "dtype", "init", "export", "compile")}
-            save({"kind": "videomar", "config": asdict(config), "settings": settings, "tokenizer": packed, "step": step,
-                  "args": {**args, "tokenizer": str(a.tokenizer)},
-                  "model": model.state_dict(), "ema": ema.state_dict(), "optimiser": optimiser.state_dict()}, a.out / "ckpt.pt")
+            save_to(a.out / "ckpt.pt", model=model.state_dict(), ema=ema.state_dict(), optimiser=optimiser.state_dict(),
+                    args={**args, "tokenizer": str(a.tokenizer)})
 
     try:
         a.out.mkdir(parents=True, exist_ok=True)
@@ -189,13 +199,15 @@ def main():
     # -------------------------------------------------------------------------------------------------- stages
     ends = [sum(a.steps[:i + 1]) for i in range(len(a.steps))]
     n = (a.size[0] // a.stride[1]) * (a.size[1] // a.stride[2])
+    cut = config.attention == "causal" and config.loss == "next-frame"  # nothing is read behind frame t
     say(f"model      {a.preset}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {config.attention} attention, "
         f"{config.loss} loss, {config.position} positions" + (f", weights from {a.init}" if a.init and not checkpoint else ""))
     say(f"tokenizer  {a.tokenizer}, stride {'x'.join(map(str, a.stride))}, {tokenizer.channels} channels")
     say(f"data       drawn world, seed {a.seed}, {a.size[0]}x{a.size[1]}, batch {a.batch} = {world_size} ranks x {a.accumulate} x {a.batch // shards}")
     for i, (frames, steps) in enumerate(zip(a.frames, a.steps)):
         t = 1 + (frames - 1) // a.stride[0]
-        say(f"stage {i + 1}    {frames} frames = {t} latent frames of {n} tokens, {steps} steps of about {a.batch * n * (t + 2) // 2} tokens")
+        say(f"stage {i + 1}    {frames} frames = {t} latent frames of {n} tokens, {steps} steps of "
+            + (f"about {a.batch * n * (t + 2) // 2} tokens" if cut else f"{a.batch * n * t} tokens"))
     say(f"run        steps {step} to {ends[-1]}, lr {a.lr:g}, {device}, {str(dtype)[6:]}; checkpoint {a.out / 'ckpt.pt'}", flush=True)
     writer = None
     if a.tensorboard and rank == 0:
@@ -216,7 +228,7 @@ def main():
         return f"{psnr(clips[:, :, 1:], truth[:, :, 1:]).mean():.2f} dB on 4 held-out clips, see {path}"
 
     # ---------------------------------------------------------------------------------------------------- loop
-    stop = []
+    stop, halt = [], False
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, frame: stop.append(number))
     if rank == 0:
@@ -231,13 +243,12 @@ def main():
 
     def load_step(step):
         """Drawn only as far as it is used: up to latent frame t, unless later ones are read."""
-        cut = config.attention == "causal" and config.loss == "next-frame"
         frames = 1 + t_of(step) * a.stride[0] if cut else a.frames[stage_of(step)]
         return [shard_batch(a, step, rank + world_size * i, shards, frames) for i in range(a.accumulate)]
 
     waited, start, first_step, upcoming = 0.0, time.time(), step, None
     bar = tqdm(total=ends[-1], initial=step, disable=rank > 0, smoothing=0.05, mininterval=1)
-    while step < ends[-1] and not stop:
+    while step < ends[-1] and not halt:
         stage, t, tick = stage_of(step), t_of(step), time.time()
         batch = upcoming.result() if upcoming else load_step(step)
         waited += time.time() - tick
@@ -252,6 +263,9 @@ def main():
             with autocast(), (nullcontext() if last or world_size == 1 else learner.no_sync()):
                 with torch.no_grad():
                     latents = tokenizer.encode(to_float(video.to(device)))
+                    # Ours, as if the tokenizer were a VAE. Over all diffusion steps the loss is about atan(a token's error), steepest
+                    # at 0: without a floor, ever finer still backgrounds pay more than sprites in the right place.
+                    latents = latents + a.noise * torch.randn_like(latents)
                 loss = learner(latents, captions, t) / len(batch)
                 loss.backward()
             total = total + loss.detach()
@@ -261,34 +275,33 @@ def main():
         step += 1
         with torch.no_grad():  # at the start the average spans the last tenth of the steps so far
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(a.ema, 1 - 10 / (step + 10)))
+        halt = bool(stop)  # read once a step, since a signal may come at any moment
         if world_size > 1:  # all ranks stop after the same step
-            flag = torch.tensor(float(bool(stop)), device=device)
+            flag = torch.tensor(float(halt), device=device)
             dist.all_reduce(flag)
-            stop = stop or [signal.SIGTERM] * bool(flag)
+            halt = bool(flag)
         if rank == 0:
             seconds = time.time() - start
             rows.writerow([step, stage + 1, t, f"{total.item():.5f}", f"{rate_at(a, step - 1):.3g}", f"{seconds:.1f}"])
             if writer:
                 writer.add_scalar("loss", total, step)
             bar.update()
-            tokens = a.batch * n * (t + 1) / (time.time() - tick)
+            tokens = a.batch * n * (t + 1 if cut else 1 + (a.frames[stage] - 1) // a.stride[0]) / (time.time() - tick)
             bar.set_postfix(stage=stage + 1, loss=f"{total.item():.3f}", lr=f"{rate_at(a, step - 1):.1e}", tok_s=f"{tokens:.0f}", refresh=False)
-        if step % a.save_every == 0 or step in ends or stop:
+        if step % a.save_every == 0 or step in ends or halt:
+            checkpoint_now()
             if rank == 0:
                 log.flush()
-            checkpoint_now()
         if step in ends and rank == 0:
             bar.write(f"stage {stage + 1} done after {(time.time() - start) / 60:.1f} min: {show(stage)}", sys.stdout)
     bar.close()
     if world_size > 1:
         dist.destroy_process_group()
-    if stop:
+    if halt and step < ends[-1]:
         say(f"stopped after step {step}, saved; go on with: python train.py --resume --out {a.out}")
         sys.exit(130)
     if a.export and rank == 0:
-        small = lambda state: {k: v.half() for k, v in state.items()}
-        save({"kind": "videomar", "config": asdict(config), "settings": {"frames": a.frames, "size": a.size, "stride": a.stride},
-              "tokenizer": packed, "step": step, "ema": small(ema.state_dict())}, a.export)
+        save_to(a.export, ema={k: v.half() for k, v in ema.state_dict().items()})
     minutes = (time.time() - start) / 60
     say(f"{step - first_step} steps in {minutes:.1f} min, {100 * waited / 60 / max(minutes, 1e-9):.1f} % of it waiting for clips; "
         f"python sample.py --img cat.png now uses {a.out / 'ckpt.pt'}")

@@ -28,7 +28,8 @@ class Config:
     head_layers: int = 3  # the diffusion MLP, paper 5.1
     head_dim: int = 1280
     text_dim: int = 1536  # width of the text encoder's states
-    rope_base: float = 100.0  # ours: the slowest of the rotations turns once in about 400 tokens
+    rope_top: float = 2.5  # ours: the fastest rotation, radians a token, and how many times slower the slowest is
+    rope_base: float = 100.0
     diffusion_steps: int = 1000  # paper 5.1
     diffusion_repeats: int = 4  # noise draws for every masked token, MAR
     clamp: float = 4.0  # of the predicted x_0 while sampling, in standard deviations of a token (ours)
@@ -62,14 +63,14 @@ def axis_dims(dim):
     return dim - 2 * space, space, space
 
 
-def rope_angles(positions, dim, base):
+def rope_angles(positions, dim, base, top=1.0):
     """3D-RoPE (paper 4.3): the angles by which pairs of channels turn -> (tokens, dim / 2).
 
-    Each axis has channels of its own, so the product of a turned query and a turned key depends on the three offsets.
+    The fastest pair of an axis turns by `top` radians a token, the slowest almost `base` times slower. Each axis has channels of its own, so the product of a turned query and a turned key depends on the three offsets.
     """
     angles = []
     for p, d in zip(positions.unbind(-1), axis_dims(dim)):
-        frequencies = base ** (-torch.arange(0, d, 2, device=p.device) / d)
+        frequencies = top * base ** (-torch.arange(0, d, 2, device=p.device) / d)
         angles.append(p[:, None] * frequencies)
     return torch.cat(angles, -1)
 
@@ -78,6 +79,19 @@ def rotate(x, cos, sin):
     """Turns channel pairs (i, i + dim/2) of x (batch, head, token, dim) by the angles of `rope_angles`."""
     (a, b), cos, sin = x.chunk(2, -1), cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def look_beside(config, strength=1.5):
+    """First biases of a block's queries and keys, by which every head looks at one place (ours) -> (2 * dim,).
+
+    The place is drawn: the query's own or one beside it, in its own frame or the one before. With k = R(place) q the
+    score of two tokens at offset `place` is the largest of all, whatever they hold. It is where motion is learned first.
+    """
+    heads, d = config.heads, config.dim // config.heads
+    place = torch.stack([torch.randint(0, 2, (heads,)), *torch.randint(-1, 2, (2, heads))], -1).float()  # back in time, y, x
+    angles = rope_angles(place, d, config.rope_base, config.rope_top)[:, None]  # (head, 1, d / 2)
+    q = strength * torch.randn(heads, 1, d).sign()
+    return torch.cat([q.flatten(), rotate(q, angles.cos(), angles.sin()).flatten()])
 
 
 def absolute_code(positions, dim, base=10000.0):
@@ -91,7 +105,7 @@ class Cache:
     """Keys and values of the finished frames, per layer, in buffers allocated once (paper 4.3).
 
     The slot behind the finished frames belongs to the frame in the making: each step overwrites it in place, and
-    `advance` keeps it. Guidance doubles the batch, so that each branch has its own half of the buffers.
+    raising `length` keeps it. Guidance doubles the batch, so that each branch has its own half of the buffers.
     """
 
     def __init__(self, config, batch, tokens, device=None, dtype=None):
@@ -105,9 +119,6 @@ class Cache:
         self.buffer[layer, 0, :, :, self.length:end] = k
         self.buffer[layer, 1, :, :, self.length:end] = v
         return self.buffer[layer, 0, :, :, :end], self.buffer[layer, 1, :, :, :end]
-
-    def advance(self, tokens):
-        self.length += tokens
 
 
 def attend(q, k, v, mask=None):
@@ -292,6 +303,8 @@ class VideoMAR(nn.Module):
                 if isinstance(module, nn.Linear):
                     nn.init.xavier_uniform_(module.weight)
                     nn.init.zeros_(module.bias)
+            if config.position == "rope":
+                block.qkv.bias.data[:2 * config.dim] = look_beside(config)
             for module in (block.out, block.cross_out, block.mlp[-1]):  # every block starts as the identity (ours)
                 nn.init.zeros_(module.weight)
 
@@ -314,7 +327,7 @@ class VideoMAR(nn.Module):
         positions = grid_positions(start, x.shape[1] // n, *grid, x.device)
         h = torch.where(masked[..., None], self.mask_token, self.token_in(x))
         if config.position == "rope":
-            angles = rope_angles(positions, config.dim // config.heads, config.rope_base)
+            angles = rope_angles(positions, config.dim // config.heads, config.rope_base, config.rope_top)
             turn = angles.cos(), angles.sin()
         else:
             h, turn = h + absolute_code(positions, config.dim), None

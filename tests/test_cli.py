@@ -13,6 +13,7 @@ from PIL import Image
 import sample
 import tokenizer
 import train
+import videomar
 from data import world
 from tokenizer import DATA
 
@@ -175,15 +176,27 @@ BAD = [
     (["--img", "cat.png", "--frames", "24"], ["24 frames", "21 or 25"]),
     (["--img", "cat.png", "--frames", "1"], ["--frames 1", "25"]),
     (["--img", "cat.png", "--frames", "-3"], ["--frames -3", "at least 1"]),
-    (["--img", "cat.png", "--cfg", "-1"], ["--cfg -1", "between 0 and 100"]),
+    (["--img", "cat.png", "--cfg", "-1"], ["--cfg -1", "from 0 to 100"]),
     (["--img", "cat.png", "--cfg", "nan"], ["--cfg nan"]),
     (["--img", "cat.png", "--steps", "0"], ["--steps 0", "at least 1"]),
-    (["--img", "cat.png", "--diffusion-steps", "1001"], ["1001", "1 to 1000"]),
+    (["--img", "cat.png", "--diffusion-steps", "1001"], ["1001", "from 2 to 1000"]),
+    (["--img", "cat.png", "--diffusion-steps", "1"], ["--diffusion-steps 1", "from 2 to 1000"]),
     (["--img", "cat.png", "--temperature", "hot"], ["hot", "progressive"]),
-    (["--img", "cat.png", "--temperature", "3"], ["3", "between 0 and 2"]),
+    (["--img", "cat.png", "--temperature", "3"], ["3", "from 0 to 2"]),
     (["--img", "cat.png", "--n", "0"], ["--n 0"]),
     (["--img", "cat.png", "--scale", "0"], ["--scale 0"]),
+    (["--img", "cat.png", "--scale", "1000"], ["--scale 1000", "from 1 to 64"]),
     (["--img", "cat.png", "--fps", "0"], ["--fps 0"]),
+    (["--img", "cat.png", "--fps", "0.3"], ["--fps 0.3"]),
+    (["--img", "cat.png", "--seed", "-1"], ["--seed -1"]),
+    (["--img", "cat.png", "--seed", str(2**63)], ["--seed"]),
+    (["--img", "nothing"], ["nothing", "0 frames"]),
+    (["--img", ""], ["cannot be read"]),  # the current folder, which holds bad ones
+    (["--eval", "1", "--frames", "1"], ["--frames 1", "5 or more"]),
+    (["--img", "cat.png", "--out", "."], ["--out ."]),
+    (["--img", "cat.png", "--out", ".."], ["--out .."]),
+    (["--img", "cat.png", "--size", "8000000x8000000"], ["not enough memory"]),
+    (["--img", "cat.png", "--device", "cpu:x"], ["--device cpu:x"]),
     (["--img", "cat.png", "--out", "a.bmp"], [".bmp", ".gif"]),
     (["--img", "cat.png", "--device", "cuda"], ["--device cuda", "cpu"]),
     (["--img", "cat.png", "--device", "toaster"], ["--device toaster", "cpu"]),
@@ -200,13 +213,14 @@ BAD = [
 def test_bad_input_is_one_line_and_exit_code_2(tiny, folder, tiny_files, args, words):
     make_bad_files(folder, tiny_files)
     (folder / "file").write_text("precious")
-    before = {p: p.read_bytes() for p in folder.iterdir()}
+    (folder / "nothing").mkdir()
+    before = {p: p.is_dir() or p.read_bytes() for p in folder.iterdir()}
     if torch.cuda.is_available() and "cuda" in args:
         pytest.skip("there is a CUDA device")
     code, out, err = tiny(*args)
     assert code == 2 and all(w in err for w in words) and "Traceback" not in err
     assert len(err.strip().split("\n")) == 1 or err.startswith("usage:")  # argparse adds its usage
-    assert {p: p.read_bytes() for p in folder.iterdir()} == before  # nothing new, nothing lost, nothing executed
+    assert {p: p.is_dir() or p.read_bytes() for p in folder.iterdir()} == before  # nothing new, nothing lost, nothing executed
 
 
 def test_a_full_disk_keeps_the_old_file(tiny, folder, monkeypatch):
@@ -235,6 +249,11 @@ def test_a_full_disk_keeps_the_old_file(tiny, folder, monkeypatch):
     (["--batch", "0"], ["--batch 0"]),
     (["--batch", "3", "--accumulate", "2"], ["--batch 3", "multiple"]),
     (["--lr", "-1"], ["--lr -1"]),
+    (["--seed", "-1"], ["--seed -1"]),
+    (["--seed", str(2**23)], ["--seed 8388608", "from 0 to 8388607"]),
+    (["--export", "file/a.pt"], ["--export file/a.pt"]),
+    (["--init", "ckpt.pt"], ["layers 2, not 6", "--preset"]),
+    (["--init", "switched.pt"], ["attention full, not causal", "--attention"]),
     (["--stride", "4x8"], ["4x8x8"]),
     (["--stride", "2x8x8"], ["tokenizer-2x8x8.pt", "no such file"]),
     (["--stride", "8x16x16", "--frames", "9", "--tokenizer", "tokenizer.pt"], ["stride is 4x8x8"]),
@@ -246,6 +265,10 @@ def test_a_full_disk_keeps_the_old_file(tiny, folder, monkeypatch):
 def test_bad_input_to_training(folder, tiny_files, monkeypatch, capsys, args, words):
     for name in ("tokenizer.pt", "ckpt.pt"):
         (folder / name).write_bytes((tiny_files / name).read_bytes())
+    content = torch.load("ckpt.pt", weights_only=True)
+    if "switched.pt" in args:
+        monkeypatch.setitem(videomar.PRESETS, "toy", videomar.Config(**content["config"]))
+        torch.save({**content, "config": {**content["config"], "attention": "full"}}, "switched.pt")
     (folder / "exported").mkdir()
     (folder / "exported/ckpt.pt").write_bytes((tiny_files / "ckpt.pt").read_bytes())
     (folder / "file").write_text("precious")
