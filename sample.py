@@ -19,6 +19,7 @@ import torch
 from PIL import Image, ImageOps, ImageSequence
 from tqdm import tqdm
 
+from data import measures, world
 from tokenizer import DATA, Bad, Words, check_options, check_size, check_writable, choose_device, choose_dtype, draw, load, parse_size, psnr, run, to_float, unpack
 from videomar import Cache, Config, Diffusion, VideoMAR, progressive_temperature, unmask_counts
 
@@ -26,17 +27,18 @@ from videomar import Cache, Config, Diffusion, VideoMAR, progressive_temperature
 # ---------------------------------------------------------------------------------------------------- sampling
 @torch.inference_mode()
 def generate(model, given, captions, frames, steps=None, diffusion_steps=None, cfg=None, cfg_schedule="linear",
-             temperature="progressive", use_cache=True, progress=False):
+             temperature=None, use_cache=True, progress=False):
     """Continues latents: given (batch, n0, h, w, C) and captions -> (batch, frames, h, w, C), the given ones first.
 
     steps: unmasking steps a frame (K), diffusion_steps: of a token, cfg: guidance on the noise, 1 is the conditional
-    model alone; None for any of the three takes the configuration's. cfg_schedule:
-    "linear" rises from 1 with the share of tokens revealed (MAR), "constant"; temperature: a number, or "progressive"
-    (paper App. B). Draws come from torch's generator: the same seed gives the same clip, with and without the cache.
+    model alone, temperature: a number, or "progressive" (paper App. B); None for any of the four takes the
+    configuration's. cfg_schedule: "linear" rises from 1 with the share of tokens revealed (MAR), or "constant".
+    Draws come from torch's generator: the same seed gives the same clip, with and without the cache.
     """
     config, device = model.config, given.device
     steps, diffusion_steps = steps or config.unmask_steps, diffusion_steps or config.sample_steps
     cfg = config.cfg if cfg is None else cfg
+    temperature = config.temperature if temperature is None else temperature
     batch, n0, *grid, channels = given.shape
     n = grid[0] * grid[1]
     use_cache = use_cache and config.attention == "causal"
@@ -205,9 +207,10 @@ def write_video(path, video, fps):
 # -------------------------------------------------------------------------------------------------- evaluation
 def evaluate(model, tokenizer, count, frames, size, options, out, fps, batch=16):
     """Generates held-out clips 0..count-1 of the drawn world from their first frame and caption -> prints PSNR by
-    latent frame (mean over clips) of the samples, of repeating the first frame, and of the tokenizer alone.
+    latent frame, and what `measures.measure` reads from the pixels, of the samples, of repeating the first frame, and
+    of the tokenizer alone: means over clips, and standard errors.
     Writes the first of them, truth above and sample below, as a film strip (20 clips) and as a video (8)."""
-    device, start, tables, shown = next(model.parameters()).device, time.time(), [], []
+    device, start, tables, seen, shown = next(model.parameters()).device, time.time(), [], [], []
     s = tokenizer.stride[0]
     for first in tqdm(range(0, count, batch), "batches"):
         truth, captions = draw(range(first, min(first + batch, count)), frames, size, held_out=True)
@@ -217,7 +220,9 @@ def evaluate(model, tokenizer, count, frames, size, options, out, fps, batch=16)
         rivals = clips, truth[:, :, :1].expand_as(truth), tokenizer.decode(latents)
         spans = [slice(1 + i, 1 + i + s) for i in range(0, frames - 1, s)]
         tables.append(torch.stack([torch.stack([psnr(v[:, :, f], truth[:, :, f]) for f in spans], -1) for v in rivals], 1))
-        shown += [(to_uint8(a), to_uint8(b)) for a, b in zip(truth, clips)][:20 - len(shown)]
+        pixels = [[to_uint8(v[i]) for v in (truth, *rivals)] for i in range(len(truth))]
+        seen += [[measures.measure(v, real, world.scene(first + i, *size, held_out=True)) for v in others] for i, (real, *others) in enumerate(pixels)]
+        shown += [p[:2] for p in pixels][:20 - len(shown)]
     write_strip(out.with_name(f"{out.stem}-strip.png"), [clip for pair in shown for clip in pair], s)
     write_video(out, np.concatenate([np.concatenate(pair, 1) for pair in shown[:8]], 2), fps)
     table = torch.cat(tables).mean(0).cpu()  # (3, latent frame)
@@ -225,9 +230,15 @@ def evaluate(model, tokenizer, count, frames, size, options, out, fps, batch=16)
     print(f"{'PSNR, dB, by latent frame':28}" + "".join(f"{t + 1:7d}" for t in range(table.shape[1])) + "   mean")
     for name, row in zip(names, table):
         print(f"{name:28}" + "".join(f"{v:7.2f}" for v in row) + f"{row.mean():7.2f}")
+    seen = np.array(seen)  # (clip, 3, measure)
+    errors = np.nanstd(seen, 0) / np.sqrt((~np.isnan(seen)).sum(0))
+    print(f"{'read from the pixels':24}" + "".join(f"{name:>17}" for name in measures.NAMES))
+    for name, row, error in zip(names, np.nanmean(seen, 0), errors):
+        print(f"{name:24}" + "".join(f"{v:10.2f} ± {e:4.2f}" for v, e in zip(row, error)))
     mine, copy, ceiling = table.mean(1).tolist()
-    print(json.dumps({"clips": count, "psnr": round(mine, 3), "psnr_copy": round(copy, 3), "psnr_tokenizer": round(ceiling, 3),
-                      "gap_closed": round((mine - copy) / (ceiling - copy), 4), "seconds": round(time.time() - start, 1)}))
+    result = {"psnr": mine, "psnr_copy": copy, "psnr_tokenizer": ceiling, "gap_closed": (mine - copy) / (ceiling - copy),
+              "seconds": time.time() - start, **dict(zip(measures.NAMES, np.nanmean(seen, 0)[0].tolist()))}
+    print(json.dumps({"clips": count, **{k: round(v, 4) for k, v in result.items()}, "psnr_by_frame": [round(v, 3) for v in table[0].tolist()]}))
 
 
 def options_parser():
@@ -242,7 +253,7 @@ def options_parser():
     p.add_argument("--diffusion-steps", type=int, help="diffusion steps a token")
     p.add_argument("--cfg", type=float, help="guidance, 1 is none")
     p.add_argument("--cfg-schedule", choices=("linear", "constant"), default="linear")
-    p.add_argument("--temperature", default="progressive", help="progressive, or one number for all frames")
+    p.add_argument("--temperature", help="progressive, or one number for all frames")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--n", type=int, default=1, help="clips, in one batch")
     p.add_argument("--no-cache", action="store_true", help="recompute all earlier frames at every step: same clip, slower")
@@ -258,7 +269,7 @@ def options_parser():
 
 def check(a):
     """The values no checkpoint is needed to judge. Raises Bad."""
-    if a.temperature != "progressive":
+    if a.temperature not in (None, "progressive"):
         try:
             a.temperature = float(a.temperature)
         except ValueError:

@@ -38,6 +38,7 @@ class Config:
     unmask_steps: int = 64  # while sampling: steps a frame, diffusion steps a token, guidance (paper 5.1)
     sample_steps: int = 100
     cfg: float = 3.0
+    temperature: str | float = "progressive"  # paper App. B, or one number for all frames
     # The ablations of paper Table 4 and Appendix A. The defaults are VideoMAR.
     attention: str = "causal"  # or "full"
     loss: str = "next-frame"  # or "total-mask"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import ROOT, tiny_tokenizer
 
-from data import world
+from data import measures, world
 from tokenizer import DATA, Bad, Words, check_size, draw, load, pack, psnr, to_float, unpack
 
 
@@ -132,6 +132,40 @@ def test_edges_are_anti_aliased():
     row = video[32, :, 2].astype(int)  # blue falls from background to sprite over in-between values
     inside, outside = row[32], row[10]
     assert ((row > inside + 20) & (row < outside - 40)).any()
+
+
+def scene_of(*sprites):
+    return world.Scene([world.Sprite(*s) for s in sprites], "yellow", 1.0)
+
+
+@pytest.mark.parametrize("name, wrong, right, got", [
+    ("shape", ("circle", "red", "moves right slowly", 0.4, 0.5, 0.18), 1, 0),
+    ("colour", ("star", "blue", "moves right slowly", 0.4, 0.5, 0.18), 1, 0),
+    ("motion_error", ("star", "red", "moves left slowly", 0.4, 0.5, 0.18), 0, 64 * 0.02 * 6.5),  # 2 x 0.01 a frame, frames 1 to 12
+    ("dynamic_degree", ("star", "red", "moves right quickly", 0.4, 0.5, 0.18), 1, 3),
+    ("smoothness", ("star", "red", "stays still", 0.4, 0.5, 0.18), 1, 0)])
+def test_measures_see_the_one_thing_that_is_wrong(name, wrong, right, got):
+    truth = scene_of(("star", "red", "moves right slowly", 0.4, 0.5, 0.18))
+    video, other = (world.render(s, 13, 64, 64) for s in (truth, scene_of(wrong)))
+    i = measures.NAMES.index(name)
+    assert measures.measure(video, video, truth)[i] == pytest.approx(right)
+    assert measures.measure(other, video, truth)[i] == pytest.approx(got, rel=0.15, abs=0.01)
+
+
+def test_background_is_measured_where_no_sprite_is():
+    truth = scene_of(("star", "red", "moves right slowly", 0.4, 0.5, 0.18))
+    video = world.render(truth, 5, 64, 64)
+    darker, moved = video - 10, world.render(scene_of(("star", "red", "moves left slowly", 0.5, 0.5, 0.18)), 5, 64, 64)
+    i = measures.NAMES.index("background")
+    assert measures.measure(darker, video, truth)[i] == pytest.approx(20 * np.log10(255 / 10), abs=0.1)
+    assert measures.measure(moved, video, truth)[i] > 35
+
+
+def test_a_hidden_sprite_is_not_found():
+    truth = scene_of(("star", "brown", "moves right slowly", 0.4, 0.5, 0.18))
+    video, empty = (world.render(s, 9, 64, 64) for s in (truth, scene_of()))
+    shape, colour, error, _, _, degree = measures.measure(empty, video, truth)
+    assert (shape, colour, degree) == (0, 0, 0) and error > 3
 
 
 def test_the_files_of_the_world(folder):

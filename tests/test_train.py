@@ -14,6 +14,7 @@ from conftest import ROOT, script, tiny_model, tiny_tokenizer
 import tokenizer as tokenizer_module
 import train
 import videomar
+from data import measures
 
 TINY = ["--size", "16x16", "--frames", "5,9", "--steps", "3", "--batch", "4", "--dtype", "float32", "--warmup", "2"]
 
@@ -175,6 +176,8 @@ def test_scripts_on_tiny_settings(folder, tiny_files):
     done = script("sample.py", "--eval", 3, "--steps", 2, "--diffusion-steps", 3)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.strip().split("\n")[-1])
-    assert list(result) == ["clips", "psnr", "psnr_copy", "psnr_tokenizer", "gap_closed", "seconds"] and result["clips"] == 3
+    assert list(result)[:6] == ["clips", "psnr", "psnr_copy", "psnr_tokenizer", "gap_closed", "seconds"] and result["clips"] == 3
+    assert list(result)[6:] == [*measures.NAMES, "psnr_by_frame"] and len(result["psnr_by_frame"]) == 2
+    assert result["psnr"] == pytest.approx(sum(result["psnr_by_frame"]) / 2, abs=0.01)
     want = (result["psnr"] - result["psnr_copy"]) / (result["psnr_tokenizer"] - result["psnr_copy"])
     assert result["gap_closed"] == pytest.approx(want, abs=0.02)
