@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, ImageSequence
 from tqdm import tqdm
 
 from data import measures, world
-from tokenizer import DATA, Bad, Words, check_options, check_size, check_writable, choose_device, choose_dtype, draw, load, parse_size, psnr, run, to_float, unpack
+from tokenizer import DATA, Bad, Pretrained, Words, check_options, check_size, check_writable, choose_device, choose_dtype, draw, load, parse_size, psnr, run, to_float, unpack
 from videomar import Cache, Config, Diffusion, VideoMAR, progressive_temperature, unmask_counts
 
 
@@ -90,16 +90,21 @@ def default_checkpoint():
     return next((p for p in (Path("out/ckpt.pt"), DATA / "videomar.pt") if p.exists()), DATA / "videomar.pt")
 
 
-def load_model(path, device, content=None):
-    """A checkpoint of train.py -> model with its averaged weights, tokenizer, the settings it was trained with."""
+def load_model(path, device, content=None, dtype=torch.float32, text=None, tokenizer=None):
+    """A checkpoint of train.py -> model with its averaged weights, tokenizer, the settings it was trained with.
+
+    text: name of the pretrained text encoder, if not the checkpoint's; tokenizer: one to use instead of the checkpoint's,
+    or the folder of a Cosmos-Tokenizer."""
     content = content or load(path, "videomar")
     try:
         config = Config(**content["config"])
-        model = VideoMAR(config, Words(config.text_dim))
+        text = text or content.get("text")
+        text = Pretrained(text, device, dtype) if text else Words(config.text_dim)
+        model = VideoMAR(config, text)
         model.load_state_dict(content["ema"])
         settings = content["settings"]
         settings["frames"][-1], settings["size"]
-        tokenizer = unpack(content["tokenizer"], path)
+        tokenizer = tokenizer if isinstance(tokenizer, torch.nn.Module) else unpack(content["tokenizer"], path, tokenizer)
     except (KeyError, TypeError, RuntimeError, AttributeError, IndexError) as e:
         raise Bad(f"{path}: its weights do not fit this model ({type(e).__name__}); train one with train.py") from None
     return model.float().to(device).eval(), tokenizer.to(device), settings
@@ -258,6 +263,8 @@ def options_parser():
     p.add_argument("--n", type=int, default=1, help="clips, in one batch")
     p.add_argument("--no-cache", action="store_true", help="recompute all earlier frames at every step: same clip, slower")
     p.add_argument("--ckpt", type=Path, help="checkpoint (out/ckpt.pt if there is one, else data/videomar.pt)")
+    p.add_argument("--tokenizer", type=Path, help="folder of the Cosmos-Tokenizer that the checkpoint was trained on")
+    p.add_argument("--text", help="folder or name of the pretrained text encoder (the checkpoint's)")
     p.add_argument("--out", type=Path, help=".gif, .webp, .png (animated), .mp4 (needs av) or a folder (out/NAME.gif)")
     p.add_argument("--fps", type=float, default=12.0)
     p.add_argument("--scale", type=int, help="enlargement of what is written; by default the short side becomes at least 256")
@@ -294,7 +301,7 @@ def main():
     device = choose_device(a.device)
     dtype = choose_dtype(a.dtype, device)
     a.ckpt = a.ckpt or default_checkpoint()
-    model, tokenizer, settings = load_model(a.ckpt, device)
+    model, tokenizer, settings = load_model(a.ckpt, device, None, dtype, a.text, a.tokenizer)
     torch.manual_seed(a.seed)
     size, frames = a.size or tuple(settings["size"]), a.frames or settings["frames"][-1]
     check_size(tokenizer.stride, frames, *size)

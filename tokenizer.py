@@ -120,6 +120,53 @@ class Tokenizer(nn.Module):
         return rearrange(x, "b t h w (c s p q) -> b c (t s) (h p) (w q)", s=s, p=p, q=q)[:, :, s - 1:]
 
 
+class Cosmos(nn.Module):
+    """A Cosmos-Tokenizer: encoder.jit and decoder.jit of a folder (paper 5.1). Stride and channels are found by a probe.
+
+    TorchScript files are code: load only what the user named. Their latents are not of unit variance; `measure` takes
+    mean and std of each channel from clips, and these are kept with the checkpoint, which does not hold the files.
+    """
+
+    def __init__(self, folder, mean=None, std=None):
+        super().__init__()
+        for name in ("encoder", "decoder"):
+            path = Path(folder) / f"{name}.jit"
+            if not path.is_file():
+                raise Bad(f"{folder}: there is no {name}.jit; give a folder of a Cosmos-Tokenizer with encoder.jit and decoder.jit")
+            try:
+                setattr(self, name, torch.jit.load(path, map_location="cpu").eval())
+            except Exception as e:
+                raise Bad(f"{path}: not a TorchScript file, or damaged ({type(e).__name__}); download it again") from None
+        self.dtype = next((p.dtype for p in self.encoder.parameters()), torch.float32)
+        try:
+            _, frames, height, width, self.channels = self.raw(torch.zeros(1, 3, 17, 128, 128)).shape
+            self.stride = 16 // (frames - 1), 128 // height, 128 // width
+        except Exception as e:
+            raise Bad(f"{folder}: encoder.jit takes no video of 17x128x128 ({type(e).__name__}); give a Cosmos-Tokenizer of videos") from None
+        self.register_buffer("mean", torch.zeros(self.channels) if mean is None else mean)
+        self.register_buffer("std", torch.ones(self.channels) if std is None else std)
+
+    def raw(self, video):
+        """One clip at a time, so that 480x768x49 fits a card of 24 GB. The latent is bare, or the first of a tuple."""
+        with torch.no_grad(), torch.autocast(video.device.type, enabled=False):
+            latents = [self.encoder(v.to(self.dtype)) for v in video.split(1)]
+        return rearrange(torch.cat([z if torch.is_tensor(z) else z[0] for z in latents]).float(), "b c t h w -> b t h w c")
+
+    def measure(self, video):
+        x = self.raw(video).flatten(0, 3)
+        self.mean, self.std = x.mean(0), x.std(0).clamp(min=1e-3)
+
+    def encode(self, video):
+        check_size(self.stride, *video.shape[2:])
+        return (self.raw(video) - self.mean) / self.std
+
+    def decode(self, tokens):
+        latents = rearrange(tokens.float() * self.std + self.mean, "b t h w c -> b c t h w").to(self.dtype)
+        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+            video = [self.decoder(z) for z in latents.split(1)]
+        return torch.cat([v if torch.is_tensor(v) else v[0] for v in video]).float()
+
+
 def check_size(stride, frames, height, width):
     """Raises Bad, naming the nearest that work, unless the stride divides the size and the frames after the first."""
     s, p, q = stride
@@ -138,7 +185,7 @@ class Words(nn.Module):
 
     def __init__(self, dim=128, buckets=1031, longest=256):
         super().__init__()
-        self.buckets, self.longest = buckets, longest
+        self.dim, self.buckets, self.longest = dim, buckets, longest
         self.table = nn.Embedding(buckets + 1, dim, padding_idx=buckets)
         self.around = nn.Conv1d(dim, 2 * dim, 9, padding=4)
         self.out = nn.Linear(2 * dim, dim)
@@ -154,6 +201,48 @@ class Words(nn.Module):
         x = self.table(ids)
         x = x + self.out(F.gelu(self.around(x.transpose(1, 2)).transpose(1, 2)))
         return x, (ids != self.buckets) | (torch.arange(ids.shape[1], device=ids.device) == 0)  # "" still has one state
+
+
+class Pretrained(nn.Module):
+    """A frozen text encoder of transformers (paper 5.1: Qwen2-1.5B): the last hidden states of a caption's tokens.
+
+    It is no part of a checkpoint, which holds its name alone. Each caption is encoded once and kept. Raises Bad.
+    """
+
+    def __init__(self, name, device="cpu", dtype=torch.float32, longest=256):
+        super().__init__()
+        try:
+            from transformers import AutoModel, AutoTokenizer
+        except ImportError:
+            raise Bad(f"--text {name} needs the package transformers: pip install transformers") from None
+        try:
+            self.split = AutoTokenizer.from_pretrained(name)
+            encoder = AutoModel.from_pretrained(name, dtype=dtype).to(device).eval().requires_grad_(False)
+        except Exception as e:
+            raise Bad(f"--text {name}: cannot be loaded ({type(e).__name__}); give a folder or a name on huggingface.co, such as Qwen/Qwen2-1.5B") from None
+        self.hidden = [encoder]  # in a list, so that it is not saved
+        self.name, self.dim, self.longest, self.kept = str(name), encoder.config.hidden_size, longest, {}
+
+    def __deepcopy__(self, memo):  # the averaged model reads the same text
+        return self
+
+    def one(self, caption):
+        ids = self.split(caption, return_tensors="pt", truncation=True, max_length=self.longest).input_ids
+        ids = ids if ids.shape[1] else torch.zeros(1, 1, dtype=torch.long)  # "" still has one state
+        with torch.no_grad(), torch.autocast(self.hidden[0].device.type, enabled=False):
+            return self.hidden[0](input_ids=ids.to(self.hidden[0].device)).last_hidden_state[0]
+
+    def forward(self, captions):
+        """list of str -> states (batch, token, dim), mask (batch, token), True at tokens. Long captions are cut."""
+        for c in captions:
+            if c not in self.kept:
+                if len(self.kept) >= 100_000:
+                    self.kept.pop(next(iter(self.kept)))
+                self.kept[c] = self.one(c)
+        states = [self.kept[c] for c in captions]
+        longest = -(-max(map(len, states)) // 8) * 8
+        mask = torch.arange(longest, device=states[0].device) < torch.tensor([[len(s)] for s in states], device=states[0].device)
+        return torch.stack([F.pad(s, (0, 0, 0, longest - len(s))) for s in states]).float(), mask
 
 
 # ------------------------------------------------------------------------------------------- files and hardware
@@ -186,12 +275,22 @@ def load(path, kind):
 
 
 def pack(tokenizer):
-    """A tokenizer as a small dict, half precision."""
+    """A tokenizer as a small dict, half precision; of a Cosmos one, what is not in its files."""
+    if isinstance(tokenizer, Cosmos):
+        return {"kind": "cosmos", "stride": tokenizer.stride, "channels": tokenizer.channels, "mean": tokenizer.mean.cpu(), "std": tokenizer.std.cpu()}
     return {"kind": "tokenizer", **tokenizer.settings, "state": {k: v.half() if v.is_floating_point() else v for k, v in tokenizer.state_dict().items()}}
 
 
-def unpack(content, path="checkpoint"):
-    """The tokenizer in a dict from `pack`, frozen."""
+def unpack(content, path="checkpoint", folder=None):
+    """The tokenizer in a dict from `pack`, frozen; folder: of the files of a Cosmos one, named by the user. Raises Bad."""
+    if isinstance(content, dict) and content.get("kind") == "cosmos":
+        if not (folder and Path(folder).is_dir()):
+            raise Bad(f"{path}: it was trained on a Cosmos-Tokenizer; name its folder with --tokenizer")
+        tokenizer = Cosmos(folder, content.get("mean"), content.get("std"))
+        had, has = (content.get("stride"), content.get("channels")), (tokenizer.stride, tokenizer.channels)
+        if had != has:
+            raise Bad(f"{folder}: its stride and channels are {has}, but {path} was trained on {had}; give the folder it was trained on")
+        return tokenizer
     try:
         tokenizer = Tokenizer(**{k: content[k] for k in ("stride", "channels", "width", "blocks")})
         tokenizer.load_state_dict(content["state"])

@@ -28,8 +28,8 @@ from torch import nn
 from tqdm import tqdm
 
 from sample import generate, load_model, to_uint8, write_strip
-from tokenizer import (DATA, Bad, Words, check_options, check_size, check_writable, choose_device, choose_dtype, draw, load, parse_size, psnr,
-                       run, save, to_float, unpack)
+from tokenizer import (DATA, Bad, Cosmos, Pretrained, Words, check_options, check_size, check_writable, choose_device, choose_dtype, draw, load, pack, parse_size,
+                       psnr, run, save, to_float, unpack)
 from videomar import PRESETS, VideoMAR
 
 STEPS = {"toy": (3600, 700, 900), "paper": (50000, 50000, 100000)}  # of three stages: 5, 13 and 25 frames
@@ -49,7 +49,8 @@ def options_parser():
     p.add_argument("--steps", type=numbers, help="one number for all stages, or one per stage")
     p.add_argument("--size", type=parse_size, default=(64, 64), help="HEIGHTxWIDTH (64x64)")
     p.add_argument("--stride", type=lambda s: parse_size(s, 3), default=(4, 8, 8), help="of the tokenizer (4x8x8)")
-    p.add_argument("--tokenizer", type=Path, help="file of tokenizer.py (out/tokenizer-STRIDE.pt if there is one, else data/)")
+    p.add_argument("--tokenizer", type=Path, help="file of tokenizer.py (out/tokenizer-STRIDE.pt if there is one, else data/), or folder of a Cosmos-Tokenizer")
+    p.add_argument("--text", help="folder or name of a text encoder for transformers, such as Qwen/Qwen2-1.5B (learned words)")
     p.add_argument("--init", type=Path, help="start from this checkpoint's weights: a resolution stage, or fine-tuning")
     p.add_argument("--resume", action="store_true", help="go on exactly where the checkpoint in --out stopped")
     p.add_argument("--out", type=Path, default=Path("out"), help="folder of ckpt.pt, log.csv and the film strips (out)")
@@ -75,7 +76,7 @@ def options_parser():
 
 
 def plan(argv=None):
-    """The arguments, checked, and with --resume the checkpoint whose arguments they start from. Raises Bad."""
+    """The arguments, checked; with --resume the checkpoint whose arguments they start from; the tokenizer. Raises Bad."""
     parser, checkpoint = options_parser(), None
     a = parser.parse_args(argv)
     if a.resume:
@@ -85,8 +86,17 @@ def plan(argv=None):
         checkpoint = load(path, "videomar")
         if "optimiser" not in checkpoint:
             raise Bad(f"--resume: {path} was exported for sampling; continue it with --init {path}")
-        parser.set_defaults(**checkpoint["args"])
+        parser.set_defaults(**{k: v for k, v in checkpoint["args"].items() if k != "tokenizer"})
         a = parser.parse_args(argv)
+    if a.tokenizer and a.tokenizer.is_dir():
+        tokenizer = unpack(checkpoint["tokenizer"], path, a.tokenizer) if checkpoint else Cosmos(a.tokenizer)
+        a.stride = tokenizer.stride
+    else:
+        name = f"tokenizer-{'x'.join(map(str, a.stride))}.pt"
+        a.tokenizer = Path(a.tokenizer or next((p for p in (a.out / name, Path("out") / name) if p.exists()), DATA / name))
+        tokenizer = unpack(checkpoint["tokenizer"], path) if checkpoint else unpack(load(a.tokenizer, "tokenizer"), a.tokenizer)
+    if tokenizer.stride != a.stride:
+        raise Bad(f"{a.tokenizer}: its stride is {'x'.join(map(str, tokenizer.stride))}; give --stride that, or another tokenizer")
     steps = a.steps or (STEPS[a.preset][-len(a.frames):] if len(a.frames) <= 3 else [STEPS[a.preset][-1]])
     a.steps = list(steps) * (len(a.frames) if len(steps) == 1 else 1)
     if len(a.steps) != len(a.frames):
@@ -105,9 +115,7 @@ def plan(argv=None):
     if a.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise Bad("--tensorboard needs the package tensorboard: pip install tensorboard")
     a.lr = a.lr or RATE[a.preset]
-    name = f"tokenizer-{'x'.join(map(str, a.stride))}.pt"
-    a.tokenizer = Path(a.tokenizer or next((p for p in (a.out / name, Path("out") / name) if p.exists()), DATA / name))
-    return a, checkpoint
+    return a, checkpoint, tokenizer
 
 
 def shard_batch(a, step, shard, shards, frames):
@@ -125,7 +133,7 @@ def rate_at(a, step):
 
 def main():
     # ---------------------------------------------------------------------------------------------------- plan
-    a, checkpoint = plan()
+    a, checkpoint, tokenizer = plan()
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = choose_device(a.device)
     dtype = choose_dtype(a.dtype, device)
@@ -144,10 +152,11 @@ def main():
     say = print if rank == 0 else lambda *args, **kwargs: None
 
     # ---------------------------------------------------------------------------------------------------- data
-    packed = checkpoint["tokenizer"] if checkpoint else load(a.tokenizer, "tokenizer")
-    tokenizer = unpack(packed, a.tokenizer).to(device)
-    if tokenizer.stride != a.stride:
-        raise Bad(f"{a.tokenizer}: its stride is {'x'.join(map(str, tokenizer.stride))}; give --stride that, or another tokenizer")
+    tokenizer.to(device)
+    if isinstance(tokenizer, Cosmos) and not checkpoint:
+        tokenizer.measure(to_float(draw(range(16), a.frames[-1], a.size)[0]).to(device))
+        say(f"latents    of 16 clips, by channel: mean {' '.join(f'{v:.2f}' for v in tokenizer.mean)}; std {' '.join(f'{v:.2f}' for v in tokenizer.std)}")
+    packed = pack(tokenizer)
     # On a GPU a thread draws the next batch meanwhile. On a CPU the cores are busy: measured, a step takes 0.26 s with
     # the drawing (4 %) in line, 0.32 s with it beside.
     pool = ThreadPoolExecutor(1) if device.type != "cpu" else None
@@ -157,14 +166,16 @@ def main():
     config = replace(PRESETS[a.preset], attention=a.attention, loss=a.loss, position=a.position, channels=tokenizer.channels)
     if checkpoint or a.init:
         path = a.out / "ckpt.pt" if checkpoint else a.init
-        model = load_model(path, device, checkpoint)[0].train()
+        model = load_model(path, device, checkpoint, dtype, a.text, tokenizer)[0].train()
         for name in ("layers", "dim", "channels", "attention", "loss", "position"):
             had, wanted = getattr(model.config, name), getattr(config, name)
             if had != wanted:
                 raise Bad(f"{path}: its model has {name} {had}, not {wanted}; give the --preset, --attention, --loss and --position it was trained with")
         config = model.config
     else:
-        model = VideoMAR(config, Words(config.text_dim)).to(device)
+        text = Pretrained(a.text, device, dtype) if a.text else Words(config.text_dim)
+        config = replace(config, text_dim=text.dim)
+        model = VideoMAR(config, text).to(device)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
     optimiser = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0.0}],
@@ -183,7 +194,7 @@ def main():
 
     def save_to(path, **state):
         save({"kind": "videomar", "config": asdict(config), "settings": {"frames": a.frames, "size": a.size, "stride": a.stride},
-              "tokenizer": packed, "step": step, **state}, path)
+              "tokenizer": packed, "text": getattr(model.text, "name", None), "step": step, **state}, path)
 
     def checkpoint_now():
         if rank == 0:

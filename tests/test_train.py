@@ -127,7 +127,7 @@ train.run(train.main)
 
 
 def test_batches_are_a_function_of_seed_step_and_part():
-    a, _ = train.plan(["--batch", "4", "--size", "16x16"])
+    a, *_ = train.plan(["--batch", "4", "--size", "16x16"])
     (whole, words), first, second = train.shard_batch(a, 3, 0, 1, 5), train.shard_batch(a, 3, 0, 2, 5), train.shard_batch(a, 3, 1, 2, 5)
     assert torch.equal(whole, torch.cat([first[0], second[0]])) and words == first[1] + second[1]
     assert not torch.equal(whole, train.shard_batch(a, 4, 0, 1, 5)[0])
@@ -143,7 +143,7 @@ def test_every_part_of_every_step_has_draws_of_its_own(folder, monkeypatch, tiny
 
 
 def test_rate():
-    a, _ = train.plan(["--frames", "5", "--steps", "100", "--warmup", "10", "--lr", "1", "--decay", "0.5"])
+    a, *_ = train.plan(["--frames", "5", "--steps", "100", "--warmup", "10", "--lr", "1", "--decay", "0.5"])
     assert [train.rate_at(a, s) for s in (0, 9, 49, 75)] == pytest.approx([0.1, 1, 1, 0.5])
     a.decay = 0.0
     assert train.rate_at(a, 99) == 1
