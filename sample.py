@@ -20,7 +20,8 @@ from PIL import Image, ImageOps, ImageSequence
 from tqdm import tqdm
 
 from data import measures, world
-from tokenizer import DATA, Bad, Pretrained, Words, check_options, check_size, check_writable, choose_device, choose_dtype, draw, load, parse_size, psnr, run, to_float, unpack
+from tokenizer import (DATA, Bad, Pretrained, Words, check_options, check_size, check_writable, choose_device, choose_dtype, draw, load,
+                       parse_size, psnr, run, to_float, unpack)
 from videomar import Cache, Config, Diffusion, VideoMAR, progressive_temperature, unmask_counts
 
 
@@ -98,16 +99,18 @@ def load_model(path, device, content=None, dtype=torch.float32, text=None, token
     content = content or load(path, "videomar")
     try:
         config = Config(**content["config"])
+        if vars(config) != content["config"]:
+            raise KeyError  # a field of today that it was trained without
         text = text or content.get("text")
         text = Pretrained(text, device, dtype) if text else Words(config.text_dim)
         model = VideoMAR(config, text)
         model.load_state_dict(content["ema"])
         settings = content["settings"]
         settings["frames"][-1], settings["size"]
-        tokenizer = tokenizer if isinstance(tokenizer, torch.nn.Module) else unpack(content["tokenizer"], path, tokenizer)
+        tokenizer = tokenizer if isinstance(tokenizer, torch.nn.Module) else unpack(content["tokenizer"], path, tokenizer, device)
     except (KeyError, TypeError, RuntimeError, AttributeError, IndexError) as e:
         raise Bad(f"{path}: its weights do not fit this model ({type(e).__name__}); train one with train.py") from None
-    return model.float().to(device).eval(), tokenizer.to(device), settings
+    return model.float().to(device).eval(), tokenizer, settings
 
 
 # ------------------------------------------------------------------------------------------- pictures and video
@@ -231,19 +234,20 @@ def evaluate(model, tokenizer, count, frames, size, options, out, fps, batch=16)
     write_strip(out.with_name(f"{out.stem}-strip.png"), [clip for pair in shown for clip in pair], s)
     write_video(out, np.concatenate([np.concatenate(pair, 1) for pair in shown[:8]], 2), fps)
     table = torch.cat(tables).mean(0).cpu()  # (3, latent frame)
+    seconds = time.time() - start
     names = ("sample", "first frame repeated", "tokenizer alone")
     print(f"{'PSNR, dB, by latent frame':28}" + "".join(f"{t + 1:7d}" for t in range(table.shape[1])) + "   mean")
     for name, row in zip(names, table):
         print(f"{name:28}" + "".join(f"{v:7.2f}" for v in row) + f"{row.mean():7.2f}")
-    seen = np.array(seen)  # (clip, 3, measure)
-    errors = np.nanstd(seen, 0) / np.sqrt((~np.isnan(seen)).sum(0))
+    seen = np.ma.masked_invalid(seen)  # (clip, 3, measure); some do not apply to clips in which nothing moves
+    means, errors = seen.mean(0), seen.std(0) / np.sqrt(seen.count(0))
     print(f"{'read from the pixels':24}" + "".join(f"{name:>17}" for name in measures.NAMES))
-    for name, row, error in zip(names, np.nanmean(seen, 0), errors):
+    for name, row, error in zip(names, means.filled(np.nan), errors.filled(np.nan)):
         print(f"{name:24}" + "".join(f"{v:10.2f} ± {e:4.2f}" for v, e in zip(row, error)))
     mine, copy, ceiling = table.mean(1).tolist()
     result = {"psnr": mine, "psnr_copy": copy, "psnr_tokenizer": ceiling, "gap_closed": (mine - copy) / (ceiling - copy),
-              "seconds": time.time() - start, **dict(zip(measures.NAMES, np.nanmean(seen, 0)[0].tolist()))}
-    print(json.dumps({"clips": count, **{k: round(v, 4) for k, v in result.items()}, "psnr_by_frame": [round(v, 3) for v in table[0].tolist()]}))
+              "seconds": seconds, **dict(zip(measures.NAMES, means[0].tolist()))}
+    print(json.dumps({"clips": count, **{k: v and round(v, 4) for k, v in result.items()}, "psnr_by_frame": [round(v, 3) for v in table[0].tolist()]}))
 
 
 def options_parser():

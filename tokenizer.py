@@ -41,7 +41,7 @@ def run(main):
     except Bad as e:
         line = e
     except OSError as e:
-        line = f"{e.filename or 'output'}: {e.strerror}"
+        line = f"{e.filename or 'output'}: {e.strerror or e}"
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e):  # the CPU's has no class
             raise
@@ -127,24 +127,28 @@ class Cosmos(nn.Module):
     mean and std of each channel from clips, and these are kept with the checkpoint, which does not hold the files.
     """
 
-    def __init__(self, folder, mean=None, std=None):
+    def __init__(self, folder, mean=None, std=None, device="cpu"):
         super().__init__()
         for name in ("encoder", "decoder"):
             path = Path(folder) / f"{name}.jit"
             if not path.is_file():
                 raise Bad(f"{folder}: there is no {name}.jit; give a folder of a Cosmos-Tokenizer with encoder.jit and decoder.jit")
             try:
-                setattr(self, name, torch.jit.load(path, map_location="cpu").eval())
+                setattr(self, name, torch.jit.load(path, map_location=device).eval())
             except Exception as e:
                 raise Bad(f"{path}: not a TorchScript file, or damaged ({type(e).__name__}); download it again") from None
         self.dtype = next((p.dtype for p in self.encoder.parameters()), torch.float32)
         try:
-            _, frames, height, width, self.channels = self.raw(torch.zeros(1, 3, 17, 128, 128)).shape
+            video = torch.zeros(1, 3, 17, 128, 128, device=device)
+            latents = self.raw(video)
+            _, frames, height, width, self.channels = latents.shape
             self.stride = 16 // (frames - 1), 128 // height, 128 // width
+            self.register_buffer("mean", (torch.zeros(self.channels) if mean is None else mean).to(device))
+            self.register_buffer("std", (torch.ones(self.channels) if std is None else std).to(device))
+            if self.decode(latents).shape != video.shape:
+                raise ValueError
         except Exception as e:
-            raise Bad(f"{folder}: encoder.jit takes no video of 17x128x128 ({type(e).__name__}); give a Cosmos-Tokenizer of videos") from None
-        self.register_buffer("mean", torch.zeros(self.channels) if mean is None else mean)
-        self.register_buffer("std", torch.ones(self.channels) if std is None else std)
+            raise Bad(f"{folder}: it does not take a video of 17x128x128 there and back ({type(e).__name__}); give a Cosmos-Tokenizer of videos") from None
 
     def raw(self, video):
         """One clip at a time, so that 480x768x49 fits a card of 24 GB. The latent is bare, or the first of a tuple."""
@@ -214,7 +218,7 @@ class Pretrained(nn.Module):
         try:
             from transformers import AutoModel, AutoTokenizer
         except ImportError:
-            raise Bad(f"--text {name} needs the package transformers: pip install transformers") from None
+            raise Bad(f"--text {name} needs the package transformers, 4.56 or newer: pip install -U transformers") from None
         try:
             self.split = AutoTokenizer.from_pretrained(name)
             encoder = AutoModel.from_pretrained(name, dtype=dtype).to(device).eval().requires_grad_(False)
@@ -230,19 +234,19 @@ class Pretrained(nn.Module):
         ids = self.split(caption, return_tensors="pt", truncation=True, max_length=self.longest).input_ids
         ids = ids if ids.shape[1] else torch.zeros(1, 1, dtype=torch.long)  # "" still has one state
         with torch.no_grad(), torch.autocast(self.hidden[0].device.type, enabled=False):
-            return self.hidden[0](input_ids=ids.to(self.hidden[0].device)).last_hidden_state[0]
+            return self.hidden[0](input_ids=ids.to(self.hidden[0].device)).last_hidden_state[0].cpu()
 
     def forward(self, captions):
         """list of str -> states (batch, token, dim), mask (batch, token), True at tokens. Long captions are cut."""
+        states, device = [], self.hidden[0].device
         for c in captions:
-            if c not in self.kept:
-                if len(self.kept) >= 100_000:
-                    self.kept.pop(next(iter(self.kept)))
-                self.kept[c] = self.one(c)
-        states = [self.kept[c] for c in captions]
+            states.append(self.kept[c] if c in self.kept else self.one(c))
+            self.kept[c] = states[-1]
+        while len(self.kept) > 10_000:
+            self.kept.pop(next(iter(self.kept)))
         longest = -(-max(map(len, states)) // 8) * 8
-        mask = torch.arange(longest, device=states[0].device) < torch.tensor([[len(s)] for s in states], device=states[0].device)
-        return torch.stack([F.pad(s, (0, 0, 0, longest - len(s))) for s in states]).float(), mask
+        mask = torch.arange(longest) < torch.tensor([[len(s)] for s in states])
+        return torch.stack([F.pad(s, (0, 0, 0, longest - len(s))) for s in states]).float().to(device), mask.to(device)
 
 
 # ------------------------------------------------------------------------------------------- files and hardware
@@ -281,22 +285,24 @@ def pack(tokenizer):
     return {"kind": "tokenizer", **tokenizer.settings, "state": {k: v.half() if v.is_floating_point() else v for k, v in tokenizer.state_dict().items()}}
 
 
-def unpack(content, path="checkpoint", folder=None):
+def unpack(content, path="checkpoint", folder=None, device="cpu"):
     """The tokenizer in a dict from `pack`, frozen; folder: of the files of a Cosmos one, named by the user. Raises Bad."""
     if isinstance(content, dict) and content.get("kind") == "cosmos":
         if not (folder and Path(folder).is_dir()):
             raise Bad(f"{path}: it was trained on a Cosmos-Tokenizer; name its folder with --tokenizer")
-        tokenizer = Cosmos(folder, content.get("mean"), content.get("std"))
+        tokenizer = Cosmos(folder, content.get("mean"), content.get("std"), device)
         had, has = (content.get("stride"), content.get("channels")), (tokenizer.stride, tokenizer.channels)
         if had != has:
             raise Bad(f"{folder}: its stride and channels are {has}, but {path} was trained on {had}; give the folder it was trained on")
         return tokenizer
+    if folder:
+        raise Bad(f"--tokenizer {folder}: {path} holds the tokenizer it was trained on; leave the option out")
     try:
         tokenizer = Tokenizer(**{k: content[k] for k in ("stride", "channels", "width", "blocks")})
         tokenizer.load_state_dict(content["state"])
     except (KeyError, TypeError, RuntimeError, IndexError, ValueError, AttributeError):
         raise Bad(f"{path}: its tokenizer does not fit this code; train one with tokenizer.py") from None
-    return tokenizer.eval().requires_grad_(False)
+    return tokenizer.to(device).eval().requires_grad_(False)
 
 
 def choose_device(name=None):
@@ -350,8 +356,8 @@ def options_parser():
     p.add_argument("--frames", type=int, default=25, help="of the held-out clips; training uses three latent frames (25)")
     p.add_argument("--width", type=int, default=192)
     p.add_argument("--blocks", type=int, default=3)
-    p.add_argument("--steps", type=int, default=8000)
-    p.add_argument("--decoder-steps", type=int, default=4000, help="more for the decoder alone, behind them")
+    p.add_argument("--steps", type=int, default=5500)
+    p.add_argument("--decoder-steps", type=int, default=2500, help="more for the decoder alone, behind them")
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--noise", type=float, default=0.1, help="std added to the tokens while training: smooth tokens forgive errors")

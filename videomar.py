@@ -28,7 +28,7 @@ class Config:
     head_layers: int = 3  # the diffusion MLP, paper 5.1
     head_dim: int = 1280
     text_dim: int = 1536  # width of the text encoder's states
-    rope_top: float = 2.5  # ours: the fastest rotation, radians a token, and how many times slower the slowest is
+    rope_top: float = 2.5  # ours: the fastest rotation, radians a token, and the base by whose powers the others are slower
     rope_base: float = 100.0
     diffusion_steps: int = 1000  # paper 5.1
     diffusion_repeats: int = 4  # noise draws for every masked token, MAR
@@ -46,7 +46,8 @@ class Config:
 
 
 PRESETS = {
-    "toy": Config(layers=6, dim=192, heads=6, head_dim=256, text_dim=128, unmask_steps=16, sample_steps=25),
+    # Sampled colder and with less guidance: in the drawn world picture and caption leave one future, see the README.
+    "toy": Config(layers=6, dim=192, heads=6, head_dim=256, text_dim=128, unmask_steps=16, sample_steps=25, cfg=2.0, temperature=0.5),
     "paper": Config(),
 }
 
@@ -67,7 +68,7 @@ def axis_dims(dim):
 def rope_angles(positions, dim, base, top=1.0):
     """3D-RoPE (paper 4.3): the angles by which pairs of channels turn -> (tokens, dim / 2).
 
-    The fastest pair of an axis turns by `top` radians a token, the slowest almost `base` times slower. Each axis has channels of its own, so the product of a turned query and a turned key depends on the three offsets.
+    The fastest pair of an axis turns by `top` radians a token. Each axis has channels of its own, so the product of a turned query and a turned key depends on the three offsets.
     """
     angles = []
     for p, d in zip(positions.unbind(-1), axis_dims(dim)):
@@ -86,7 +87,7 @@ def look_beside(config, strength=1.5):
     """First biases of a block's queries and keys, by which every head looks at one place (ours) -> (2 * dim,).
 
     The place is drawn: the query's own or one beside it, in its own frame or the one before. With k = R(place) q the
-    score of two tokens at offset `place` is the largest of all, whatever they hold. It is where motion is learned first.
+    biases' share of a score is the largest at offset `place`. It is where motion is read.
     """
     heads, d = config.heads, config.dim // config.heads
     place = torch.stack([torch.randint(0, 2, (heads,)), *torch.randint(-1, 2, (2, heads))], -1).float()  # back in time, y, x
@@ -241,7 +242,7 @@ class Diffusion(nn.Module):
         x = torch.randn(rows, channels, device=z.device)
         for i in reversed(range(self.steps)):
             both = x if guidance is None else torch.cat([x, x])
-            eps, v = net(both, self.timesteps[i].expand(len(both)), z).float().chunk(2, -1)
+            eps, v = net(both, self.timesteps[i:i + 1], z).float().chunk(2, -1)
             if guidance is not None:
                 (eps, null), v = eps.chunk(2), v.chunk(2)[0]
                 eps = null + guidance * (eps - null)
@@ -266,7 +267,7 @@ class DiffusionHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x, timestep, z):
-        """Noisy tokens x (tokens, C), timestep (tokens,), hidden states z (tokens, dim) -> noise, variance (tokens, 2C)."""
+        """Noisy tokens x (tokens, C), timestep (tokens or 1,), hidden states z (tokens, dim) -> noise, variance (tokens, 2C)."""
         frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=x.device) / 128)
         angles = timestep[:, None].float() * frequencies
         c = F.silu(self.time(torch.cat([angles.cos(), angles.sin()], -1)) + self.condition(z))

@@ -36,17 +36,18 @@ def backbone_flops(c, tokens, pairs, words=16):
     return 2 * c.layers * 14 * c.dim**2 * tokens, 2 * c.layers * 2 * c.dim * (pairs + tokens * words)
 
 
-def head_flops(c, rows):
-    """Of one pass of the diffusion MLP over `rows` noisy tokens."""
+def head_flops(c, rows, times):
+    """Of the diffusion MLP over `rows` noisy tokens, and `times` embeddings of a diffusion step."""
     w = c.head_dim
-    return 2 * rows * (c.head_layers * 5 * w**2 + 3 * w**2 + (256 + c.dim + 3 * c.channels) * w)
+    return 2 * rows * (c.head_layers * 5 * w**2 + 2 * w**2 + (c.dim + 3 * c.channels) * w) + 2 * times * (256 + w) * w
 
 
 def sample_flops(c, n, frames, how, branches=2):
     """Of one clip -> [weights, attention, head]."""
-    total = [0, 0, branches * c.sample_steps * head_flops(c, n * (frames - 1))]
+    steps = len(unmask_counts(n, c.unmask_steps))
+    times = (frames - 1) * c.sample_steps * (n if how == "ntp" else steps)
+    total = [0, 0, head_flops(c, branches * c.sample_steps * n * (frames - 1), times)]
     for t in range(1, frames):
-        steps = len(unmask_counts(n, c.unmask_steps))
         passes = {"ntp": n * [(1, t * n + n / 2)],
                   "nocache": steps * [((t + 1) * n, n * n * (t + 1) * (t + 2) / 2)],
                   "cache": steps * [(n, n * n * (t + 1))] + (t < frames - 1) * [(n, n * n * (t + 1))] + (t == 1) * [(n, n * n)]}[how]
@@ -62,7 +63,7 @@ def train_flops(c, n, frames, t, batch, cut):
         mid = sum(early) * (c.layers - 1) / c.layers + sum(last) / c.layers + 2 * 3 * c.dim**2 * n * t
     else:
         mid = sum(backbone_flops(c, n * frames, (n * frames) ** 2))
-    return 3 * batch * (mid + head_flops(c, 0.86 * n * c.diffusion_repeats))
+    return 3 * batch * (mid + head_flops(c, *2 * [0.86 * n * c.diffusion_repeats]))
 
 
 # ------------------------------------------------------------------------------------------------------ measuring

@@ -49,7 +49,7 @@ def tiny_files(tmp_path_factory):
     packed, model = pack(tiny_tokenizer()), tiny_model()
     save(packed, folder / "tokenizer.pt")
     save({"kind": "videomar", "config": vars(model.config), "tokenizer": packed, "step": 0, "ema": model.state_dict(),
-          "settings": {"frames": [9], "size": (16, 24), "stride": (4, 8, 8)}}, folder / "ckpt.pt")
+          "settings": {"frames": [9], "size": (16, 24)}}, folder / "ckpt.pt")
     return folder
 
 
