@@ -160,7 +160,7 @@ def bench_sample(a, model, device, grid, frames):
 
 
 def bench_train(a, model, device, grid, frames):
-    c, n, batch = model.config, grid[0] * grid[1], a.batch or 8
+    c, n, batch = model.config, grid[0] * grid[1], a.batch or 2
     x, captions = torch.randn(batch, frames, *grid, c.channels, device=device), [CAPTION] * batch
     optimiser = torch.optim.AdamW(model.parameters(), 1e-5, betas=(0.9, 0.95), weight_decay=0.02, fused=device.type in ("cuda", "cpu"))
     short = videomar.frame_causal_attention
@@ -194,8 +194,8 @@ def options_parser():
     p.add_argument("--size", type=parse_size, default=(128, 128), help="HEIGHTxWIDTH in pixels (128x128: 256 tokens a latent frame)")
     p.add_argument("--frames", type=int, default=25, help="pixel frames (25)")
     p.add_argument("--stride", type=lambda s: parse_size(s, 3), default=(4, 8, 8))
-    p.add_argument("--batch", type=int, help="clips (1 to sample, 8 to train)")
-    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--batch", type=int, help="clips (1 to sample, 2 to train)")
+    p.add_argument("--repeats", type=int, default=2)
     p.add_argument("--ntp-steps", type=int, default=24, help="steps of next-token prediction that are timed (24)")
     p.add_argument("--nocache-frames", type=int, default=10**6, help="latent frames that are timed without the cache (all)")
     p.add_argument("--growth", action="store_true", help="also time 7, 13, 25 and 49 latent frames")

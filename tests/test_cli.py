@@ -292,6 +292,6 @@ def test_the_readme_names_every_option():
 def test_the_shipped_checkpoint_beats_repeating_the_first_frame(folder):
     """Its file is small and alone enough; the README has the scores on 64 clips."""
     assert os.path.getsize(DATA / "videomar.pt") <= 16e6
-    done = script("sample.py", "--ckpt", DATA / "videomar.pt", "--eval", 16, "--steps", 8, "--diffusion-steps", 15, "--cfg", 1)
+    done = script("sample.py", "--ckpt", DATA / "videomar.pt", "--eval", 16, "--steps", 8, "--diffusion-steps", 15)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.strip().split("\n")[-1])["gap_closed"] > 0.03
+    assert json.loads(done.stdout.strip().split("\n")[-1])["gap_closed"] > 0.5
