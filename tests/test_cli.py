@@ -156,6 +156,7 @@ def make_bad_files(folder, tiny_files):
     content = torch.load(tiny_files / "ckpt.pt", weights_only=True)
     torch.save({**content, "config": {**content["config"], "dim": 128}}, "shape.pt")
     torch.save({**content, "config": {"wrong": 1}}, "config.pt")
+    torch.save({**content, "config": {k: v for k, v in content["config"].items() if k != "rope_top"}}, "older.pt")
     torch.save({**content, "tokenizer": {}}, "notok.pt")
     torch.save({**content, "ema": Malicious()}, "evil.pt")
     (folder / "evil.pkl").write_bytes(pickle.dumps(Malicious()))
@@ -203,7 +204,7 @@ BAD = [
     (["--img", "cat.png", "--out", "/dev/full/a.gif"], ["/dev/full", "not a folder"]),
     *[(["--img", "cat.png", "--ckpt", name], [name, word]) for name, word in (
         ("none.pt", "no such file"), ("cut.pt", "damaged"), ("empty.pt", "damaged"), ("else.pt", "not a videomar"), ("list.pt", "not a videomar"),
-        ("shape.pt", "do not fit"), ("config.pt", "do not fit"), ("notok.pt", "tokenizer"), ("evil.pt", "not a videomar"), ("evil.pkl", "not a videomar"),
+        ("shape.pt", "do not fit"), ("config.pt", "do not fit"), ("older.pt", "do not fit"), ("notok.pt", "tokenizer"), ("evil.pt", "not a videomar"), ("evil.pkl", "not a videomar"),
         ("whole.png", "damaged"))],
 ]
 

@@ -91,10 +91,10 @@ def test_every_head_starts_by_looking_at_one_place():
     """Its own or one beside it, in this frame or the one before; with no content, the score is the largest there."""
     torch.manual_seed(0)
     block = VideoMAR(PRESETS["toy"], Words(128)).blocks[0]
-    positions = grid_positions(0, 3, 5, 5)
+    positions = grid_positions(0, 4, 5, 5)
     angles = rope_angles(positions, 32, 100.0, 2.5)
     q, k = (rotate(b.view(6, 1, 32), angles.cos(), angles.sin()) for b in block.qkv.bias[:384].chunk(2))  # (head, token, 32)
-    middle = 2 * 25 + 12
+    middle = 25 + 12
     places = {tuple((positions[middle] - positions[i]).long().tolist()) for i in (q @ k.transpose(1, 2))[:, middle].argmax(-1)}
     assert len(places) > 1 and all(t in (0, 1) and abs(y) < 2 and abs(x) < 2 for t, y, x in places)
 
