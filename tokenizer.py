@@ -150,11 +150,14 @@ class Cosmos(nn.Module):
         except Exception as e:
             raise Bad(f"{folder}: it does not take a video of 17x128x128 there and back ({type(e).__name__}); give a Cosmos-Tokenizer of videos") from None
 
+    def through(self, net, x):
+        """One clip at a time, so that 480x768x49 fits a card of 24 GB. What comes out is bare, or the first of a tuple."""
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            out = [net(clip) for clip in x.to(self.dtype).split(1)]
+        return torch.cat([y if torch.is_tensor(y) else y[0] for y in out]).float()
+
     def raw(self, video):
-        """One clip at a time, so that 480x768x49 fits a card of 24 GB. The latent is bare, or the first of a tuple."""
-        with torch.no_grad(), torch.autocast(video.device.type, enabled=False):
-            latents = [self.encoder(v.to(self.dtype)) for v in video.split(1)]
-        return rearrange(torch.cat([z if torch.is_tensor(z) else z[0] for z in latents]).float(), "b c t h w -> b t h w c")
+        return rearrange(self.through(self.encoder, video), "b c t h w -> b t h w c")
 
     def measure(self, video):
         x = self.raw(video).flatten(0, 3)
@@ -165,10 +168,7 @@ class Cosmos(nn.Module):
         return (self.raw(video) - self.mean) / self.std
 
     def decode(self, tokens):
-        latents = rearrange(tokens.float() * self.std + self.mean, "b t h w c -> b c t h w").to(self.dtype)
-        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-            video = [self.decoder(z) for z in latents.split(1)]
-        return torch.cat([v if torch.is_tensor(v) else v[0] for v in video]).float()
+        return self.through(self.decoder, rearrange(tokens.float() * self.std + self.mean, "b t h w c -> b c t h w"))
 
 
 def check_size(stride, frames, height, width):
