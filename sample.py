@@ -2,25 +2,25 @@
 
     python sample.py --img cat.png                          a video of data/cat.png, with the prompt in data/cat.txt
     python sample.py --video clip.gif --context 2 --n 4     four continuations of a clip's first two latent frames
+    python sample.py --prompt "a red cat moves left quickly on a blue background"     from text alone (ours, paper section 6)
     python sample.py --eval 64                              held-out clips of the drawn world against their true future
 """
 import argparse
-import importlib.util
 import json
 import math
 import os
-import shutil
+import re
+import sys
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, ImageSequence
 from tqdm import tqdm
 
 from data import measures, world
-from tokenizer import (DATA, Bad, Pretrained, Words, check_options, check_size, check_writable, choose_device, choose_dtype, draw, load,
+from data.video import draw, enlarge, find, need_av, read_clip, read_csv, to_uint8, write_strip, write_video
+from tokenizer import (DATA, Bad, Pretrained, Words, check_options, check_size, check_writable, choose_device, choose_dtype, load,
                        parse_size, psnr, run, to_float, unpack)
 from videomar import Cache, Config, Diffusion, VideoMAR, progressive_temperature, unmask_counts
 
@@ -28,8 +28,11 @@ from videomar import Cache, Config, Diffusion, VideoMAR, progressive_temperature
 # ---------------------------------------------------------------------------------------------------- sampling
 @torch.inference_mode()
 def generate(model, given, captions, frames, steps=None, diffusion_steps=None, cfg=None, cfg_schedule="linear",
-             temperature=None, use_cache=True, progress=False):
+             temperature=None, use_cache=True, progress=False, then=None, keep=None):
     """Continues latents: given (batch, n0, h, w, C) and captions -> (batch, frames, h, w, C), the given ones first.
+
+    n0 = 0 is text-to-video. then: {latent frame: captions from there on}; what the cache holds stays. keep (h, w), bool:
+    editing; all frames are given, their tokens where it is True stay, the others are made anew.
 
     steps: unmasking steps a frame (K), diffusion_steps: of a token, cfg: guidance on the noise, 1 is the conditional
     model alone, temperature: a number, or "progressive" (paper App. B); None for any of the four takes the
@@ -42,38 +45,44 @@ def generate(model, given, captions, frames, steps=None, diffusion_steps=None, c
     temperature = config.temperature if temperature is None else temperature
     batch, n0, *grid, channels = given.shape
     n = grid[0] * grid[1]
+    # Without `keep`: the given frames stay, and all tokens of the others are made.
+    stays = torch.arange(frames * n, device=device) < n0 * n if keep is None else keep.flatten().repeat(frames)
+    n0 = n0 if keep is None else 0
     use_cache = use_cache and config.attention == "causal"
     diffusion = Diffusion(config.diffusion_steps, diffusion_steps).to(device)
-    heat = torch.tensor([progressive_temperature(max(0, t - n0)) if temperature == "progressive" else temperature
+    # Frame 0, if it is made, has no frame to follow: colder than 1 it would be the likeliest picture, an empty one.
+    heat = torch.tensor([1.0 if t == 0 else progressive_temperature(max(0, t - n0)) if temperature == "progressive" else temperature
                          for t in range(frames)], device=device)
     x = torch.zeros(batch, frames * n, channels, device=device)
-    x[:, :n0 * n] = given.flatten(1, 3)
-    masked = torch.ones(batch, frames * n, dtype=torch.bool, device=device)
-    masked[:, :n0 * n] = False
+    x[:, :given.shape[1] * n] = given.flatten(1, 3)
+    masked = (~stays).repeat(batch, 1)
     branches = 1 if cfg == 1 else 2  # the conditional one, and behind it in the batch the one with the null text
     null = torch.arange(batch * branches, device=device) >= batch
     text = model.read_text(captions * branches, null)
     cache = Cache(config, batch * branches, frames * n, device, text[0][0].dtype) if use_cache else None
 
     def hidden(first, last):
-        """Hidden states of frames first..last, both branches -> (branches * batch, (last - first) * n, dim)."""
+        """Hidden states of frames first to last - 1, both branches -> (branches * batch, (last - first) * n, dim)."""
         part = slice(first * n, last * n)
         return model.hidden(x[:, part].repeat(branches, 1, 1), masked[:, part].repeat(branches, 1), text, grid, first, cache)
 
-    if use_cache:
+    if use_cache and n0:
         hidden(0, n0)
-        cache.length = n0 * n
+        cache.keep(n0 * n)
     # Next-frame: one frame after the other. Total-mask: all of them as one large picture.
     parts = [(t, t + 1) for t in range(n0, frames)] if config.loss == "next-frame" else [(n0, frames)] * (frames > n0)
     for first, last in tqdm(parts, "latent frames", disable=not progress):
-        tokens = (last - first) * n
-        order = torch.rand(batch, tokens, device=device).argsort(1) + first * n
+        if then and first in then:
+            text = model.read_text(then[first] * branches, null)
+        places = first * n + (~stays[first * n:last * n]).nonzero()[:, 0]
+        tokens = len(places)
+        order = places[torch.rand(batch, tokens, device=device).argsort(1)]  # random, for each clip (MAR)
         counts, done = unmask_counts(tokens, steps * (last - first)), 0
-        seen = (first if use_cache else 0), (last if config.attention == "causal" else frames)
+        start, end = (first if use_cache else 0), (last if config.attention == "causal" else frames)
         for count in tqdm(counts, "steps", leave=False, disable=not progress):
             chosen = order[:, done:done + count]
             done += count
-            h = hidden(*seen)[:, (first - seen[0]) * n:]
+            h = hidden(start, end)[:, (first - start) * n:]
             z = h.take_along_dim((chosen - first * n).repeat(branches, 1)[..., None], 1).flatten(0, 1)
             scale = 1 + (cfg - 1) * done / tokens if cfg_schedule == "linear" else cfg
             new = diffusion.sample(model.head, z, channels, heat[chosen // n].view(-1, 1),
@@ -82,7 +91,7 @@ def generate(model, given, captions, frames, steps=None, diffusion_steps=None, c
             masked.scatter_(1, chosen, False)
         if use_cache and last < frames:
             hidden(first, last)  # once more, now that the frame is finished: these keys and values stay
-            cache.length += n
+            cache.keep(n)
     return x.view(batch, frames, *grid, channels)
 
 
@@ -113,110 +122,24 @@ def load_model(path, device, content=None, dtype=torch.float32, text=None, token
     return model.float().to(device).eval(), tokenizer, settings
 
 
-# ------------------------------------------------------------------------------------------- pictures and video
-def find(path):
-    """A bare name that is not in the current folder is looked up in data/."""
-    return DATA / path if not path.exists() and path.name == str(path) and (DATA / path).exists() else path
-
-
-def to_rgb(image):
-    """Any mode Pillow reads -> RGB, upright; transparency over white, 16 bits to 8."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def read_pictures(path, size, frames=1):
-    """The first `frames` pictures of a file or of a folder of pictures, centre-cropped to the aspect of `size`
-    (height, width) and resized -> (1, 3, frames, H, W) in [-1, 1]. Raises Bad."""
-    path = find(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if path.is_dir():
-                pictures = [to_rgb(Image.open(f)) for f in sorted(path.iterdir()) if f.suffix in Image.registered_extensions()]
-            else:
-                pictures = [to_rgb(f) for f, _ in zip(ImageSequence.Iterator(Image.open(path)), range(frames))]
-    except FileNotFoundError:
-        raise Bad(f"{path}: no such picture; give the path of one, or the bare name of one in {DATA}") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise Bad(f"{path}: too many pixels for a picture (a decompression bomb?); scale it below 89 million") from None
-    except Exception as e:
-        raise Bad(f"{path}: cannot be read as a picture ({type(e).__name__}); give a PNG, JPEG, GIF or WebP") from None
-    if len(pictures) < frames:
-        raise Bad(f"{path}: {len(pictures)} frames, {frames} are needed; give a longer one or a smaller --context")
-    video = np.stack([np.asarray(ImageOps.fit(p, (size[1], size[0]), Image.Resampling.LANCZOS)) for p in pictures[:frames]])
-    return to_float(torch.from_numpy(video)[None])
-
-
-def to_uint8(video):
-    """(3, frames, H, W) in [-1, 1] -> numpy uint8 (frames, H, W, 3)."""
-    return ((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
-
-
-def enlarge(video, scale):
-    return video.repeat(scale, 1).repeat(scale, 2)
-
-
-def write_strip(path, rows, every):
-    """A film strip: one row per clip (uint8 frames), one picture per latent frame."""
-    write(path, lambda part: Image.fromarray(np.concatenate([np.concatenate(list(r[::every]), 1) for r in rows])).save(part))
-
-
-def write(path, save):
-    """Calls save(a temporary name of the same ending), then renames: no half-written file under the final name."""
-    if path.is_dir() and any(f.suffix != ".png" or not f.stem.isdigit() for f in path.iterdir()):
-        raise Bad(f"{path}: a folder with other things in it; choose another place with --out")
-    part = path.with_name(f".{os.getpid()}.part-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(part)
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(part, path)
-    except Exception as e:  # a full disk, or more pixels than the format can hold
-        if part.is_dir():
-            shutil.rmtree(part)
-        elif path.parent.is_dir():
-            part.unlink(missing_ok=True)
-        raise Bad(f"{path}: cannot write it ({getattr(e, 'strerror', None) or e}); choose another place with --out, or a smaller --scale") from None
-
-
-def write_mp4(path, video, fps):
-    import av
-    with av.open(str(path), "w") as out:
-        stream = out.add_stream("libx264", rate=round(fps))
-        stream.width, stream.height, stream.pix_fmt = video.shape[2], video.shape[1], "yuv420p"
-        for frame in video:
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        out.mux(stream.encode())
-
-
-def write_video(path, video, fps):
-    """uint8 (frames, H, W, 3) as .gif, .webp, .png (animated), .mp4 (needs av), or without an ending a folder."""
-    first, *rest = map(Image.fromarray, video)
-    options = dict(save_all=True, append_images=rest, duration=1000 / fps, loop=0)
-
-    def save(part):
-        if path.suffix == "":
-            part.mkdir()
-            for i, frame in enumerate(video):
-                Image.fromarray(frame).save(part / f"{i:04d}.png")
-        elif path.suffix == ".mp4":
-            write_mp4(part, video, fps)
-        else:
-            first.save(part, **options, **({"lossless": True} if path.suffix == ".webp" else {}))
-    write(path, save)
+def keep_outside(a, size, stride):
+    """The tokens that no pixel of --box or --mask lies in -> bool (h, w). Raises Bad."""
+    if a.mask:
+        region = torch.from_numpy(read_clip(find(a.mask), size)[0, :, :, 0]) > 127  # white
+    else:
+        y0, x0, y1, x1 = map(int, a.box.split(","))
+        region = torch.zeros(size, dtype=torch.bool)
+        region[y0:y1, x0:x1] = True
+    if not region.any():
+        raise Bad(f"{a.mask or '--box ' + a.box}: marks no pixel of a clip of {size[0]}x{size[1]}; " + ("paint the region white" if a.mask else "give y0,x0,y1,x1"))
+    return torch.nn.functional.max_pool2d(region[None, None].float(), stride[1:], stride[1:])[0, 0] == 0
 
 
 # -------------------------------------------------------------------------------------------------- evaluation
-def evaluate(model, tokenizer, count, frames, size, options, out, fps, batch=16):
-    """Generates held-out clips 0..count-1 of the drawn world from their first frame and caption -> prints PSNR by
-    latent frame, and what `measures.measure` reads from the pixels, of the samples, of repeating the first frame, and
-    of the tokenizer alone: means over clips, and standard errors.
+def evaluate(model, tokenizer, count, frames, size, options, out, fps, context=1, prompt=None, batch=16):
+    """Generates held-out clips 0..count-1 of the drawn world from their first `context` latent frames and caption (or
+    `prompt`) -> prints PSNR by latent frame, and what `measures.measure` reads from the pixels, of the samples, of
+    repeating the last given picture, and of the tokenizer alone: means over clips, and standard errors; returns them.
     Writes the first of them, truth above and sample below, as a film strip (20 clips) and as a video (8)."""
     device, start, tables, seen, shown = next(model.parameters()).device, time.time(), [], [], []
     s = tokenizer.stride[0]
@@ -224,38 +147,84 @@ def evaluate(model, tokenizer, count, frames, size, options, out, fps, batch=16)
         truth, captions = draw(range(first, min(first + batch, count)), frames, size, held_out=True)
         truth = to_float(truth.to(device))
         latents = tokenizer.encode(truth)
-        clips = tokenizer.decode(generate(model, latents[:, :1], captions, latents.shape[1], **options))
-        rivals = clips, truth[:, :, :1].expand_as(truth), tokenizer.decode(latents)
-        spans = [slice(1 + i, 1 + i + s) for i in range(0, frames - 1, s)]
+        captions = captions if prompt is None else [prompt] * len(captions)
+        clips = tokenizer.decode(generate(model, latents[:, :context], captions, latents.shape[1], **options))
+        last = s * (context - 1)  # given picture
+        rivals = clips, truth[:, :, last:last + 1].expand_as(truth), tokenizer.decode(latents)
+        spans = [slice(1 + i, 1 + i + s) for i in range(last, frames - 1, s)]
         tables.append(torch.stack([torch.stack([psnr(v[:, :, f], truth[:, :, f]) for f in spans], -1) for v in rivals], 1))
         pixels = [[to_uint8(v[i]) for v in (truth, *rivals)] for i in range(len(truth))]
-        seen += [[measures.measure(v, real, world.scene(first + i, *size, held_out=True)) for v in others] for i, (real, *others) in enumerate(pixels)]
+        seen += [[measures.measure(v, real, world.scene(first + i, *size, held_out=True), last + 1) for v in others] for i, (real, *others) in enumerate(pixels)]
         shown += [p[:2] for p in pixels][:20 - len(shown)]
     write_strip(out.with_name(f"{out.stem}-strip.png"), [clip for pair in shown for clip in pair], s)
     write_video(out, np.concatenate([np.concatenate(pair, 1) for pair in shown[:8]], 2), fps)
-    table = torch.cat(tables).mean(0).cpu()  # (3, latent frame)
+    tables = torch.cat(tables).cpu()  # (clip, 3, latent frame)
+    table, spread = tables.mean(0), tables[:, 0].mean(1).std(correction=0).item() / count**0.5
     seconds = time.time() - start
-    names = ("sample", "first frame repeated", "tokenizer alone")
-    print(f"{'PSNR, dB, by latent frame':28}" + "".join(f"{t + 1:7d}" for t in range(table.shape[1])) + "   mean")
+    names = ("sample", "last given picture repeated", "tokenizer alone")
+    print(f"{'PSNR, dB, by latent frame':28}" + "".join(f"{t + context:7d}" for t in range(table.shape[1])) + "   mean")
     for name, row in zip(names, table):
         print(f"{name:28}" + "".join(f"{v:7.2f}" for v in row) + f"{row.mean():7.2f}")
     seen = np.ma.masked_invalid(seen)  # (clip, 3, measure); some do not apply to clips in which nothing moves
     means, errors = seen.mean(0), seen.std(0) / np.sqrt(seen.count(0))
-    print(f"{'read from the pixels':24}" + "".join(f"{name:>17}" for name in measures.NAMES))
+    print(f"{'read from the pixels':28}" + "".join(f"{name:>17}" for name in measures.NAMES))
     for name, row, error in zip(names, means.filled(np.nan), errors.filled(np.nan)):
-        print(f"{name:24}" + "".join(f"{v:10.2f} ± {e:4.2f}" for v, e in zip(row, error)))
+        print(f"{name:28}" + "".join(f"{v:10.2f} ± {e:4.2f}" for v, e in zip(row, error)))
     mine, copy, ceiling = table.mean(1).tolist()
     result = {"psnr": mine, "psnr_copy": copy, "psnr_tokenizer": ceiling, "gap_closed": (mine - copy) / (ceiling - copy),
-              "seconds": seconds, **dict(zip(measures.NAMES, means[0].tolist()))}
-    print(json.dumps({"clips": count, **{k: v and round(v, 4) for k, v in result.items()}, "psnr_by_frame": [round(v, 3) for v in table[0].tolist()]}))
+              "seconds": seconds, "psnr_error": spread, **dict(zip(measures.NAMES, means[0].tolist()))}
+    result = {"clips": count, **{k: v and round(v, 4) for k, v in result.items()}, "psnr_by_frame": [round(v, 3) for v in table[0].tolist()]}
+    print(json.dumps(result))
+    return result
+
+
+def many(a, model, tokenizer, frames, size, options, device, batch=8):
+    """--prompts: --n clips of every row of a csv with image,prompt, in batches, as {prompt}-{i}.mp4 (VBench-I2V's names).
+
+    What is there already is not made again; the ranks of torchrun share the batches; a bad row is told at the end."""
+    folder, failed, made = a.out or Path("out/prompts"), {}, 0
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    named = {}  # VBench finds clips by prompt: one row each, in a name that a file can have
+    for r in read_csv(a.prompts, "image", "prompt"):
+        name = r["prompt"].replace("/", "_").encode()[:230].decode(errors="ignore")
+        if named.setdefault(name, r) is not r:
+            failed[r["image"]] = f"{r['image']}: another row has the prompt {name!r}; give each its own"
+    jobs = [(r["image"], r["prompt"], folder / f"{name}-{i}.mp4") for name, r in named.items() for i in range(a.n)]
+    for k in tqdm(range(rank, -(-len(jobs) // batch), ranks), "batches", disable=rank > 0):
+        part = jobs[k * batch:(k + 1) * batch]
+        if all(path.exists() for *_, path in part):
+            continue
+        pictures, good = [], []
+        for image, prompt, path in part:
+            try:
+                pictures.append(read_clip(find(Path(image)), size))
+                good.append((prompt, path))
+            except Bad as e:
+                failed[image] = e
+        torch.manual_seed(a.seed % 2**40 * 2**20 + k)  # a clip is a function of seed and list, whatever is there already
+        if good:
+            latents = tokenizer.encode(to_float(torch.from_numpy(np.stack(pictures))).to(device))
+            latents = generate(model, latents, [prompt for prompt, _ in good], 1 + (frames - 1) // tokenizer.stride[0], **options)
+            for (_, path), clip in zip(good, tokenizer.decode(latents)):
+                if not path.exists():
+                    write_video(path, enlarge(to_uint8(clip), a.scale or max(1, -(-256 // min(size)))), a.fps)
+                    made += 1
+    print(f"wrote {made} clips to {folder}; {len(failed)} rows could not be used")
+    if failed and ranks == 1:
+        raise Bad("; ".join(map(str, failed.values())))
+    if failed:  # a rank that fails would end the others
+        print("\n".join(map(str, failed.values())), file=sys.stderr)
 
 
 def options_parser():
     p = argparse.ArgumentParser(description="Make a video of a picture, or continue a clip. Defaults come from the checkpoint.")
     p.add_argument("--img", type=Path, help="the first frame; a bare name is also looked up in data/ (cat.png)")
-    p.add_argument("--video", type=Path, help="continue this clip (.gif, .webp, .png or a folder) instead of a picture")
-    p.add_argument("--context", type=int, default=2, help="latent frames of --video that are given (2)")
+    p.add_argument("--video", type=Path, help="continue this clip (.gif, .webp, .png, .mp4 or a folder) instead of a picture")
+    p.add_argument("--context", type=int, help="latent frames that are given, of --video (2) or with --eval (1)")
     p.add_argument("--prompt", help="what happens; by default the text in NAME.txt beside the picture, if there is one")
+    p.add_argument("--then", nargs=2, action="append", default=[], metavar=("FRAME", "PROMPT"), help="another prompt from this pixel frame on")
+    p.add_argument("--box", help="y0,x0,y1,x1 in pixels: make this region of --video anew, keep the rest")
+    p.add_argument("--mask", type=Path, help="the same with a picture, white where --video is made anew")
     p.add_argument("--frames", type=int, help="pixel frames, 1 + a multiple of the temporal stride")
     p.add_argument("--size", type=parse_size, help="HEIGHTxWIDTH of what is generated")
     p.add_argument("--steps", type=int, help="unmasking steps a latent frame")
@@ -274,6 +243,7 @@ def options_parser():
     p.add_argument("--scale", type=int, help="enlargement of what is written; by default the short side becomes at least 256")
     p.add_argument("--device", help="cuda, mps or cpu (the best there is)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the network (by the hardware)")
+    p.add_argument("--prompts", type=Path, metavar="LIST.csv", help="--n clips of each of its image,prompt rows into the folder --out, as VBench names them")
     p.add_argument("--eval", type=int, metavar="N", help="compare N held-out clips with their true future instead")
     return p
 
@@ -288,15 +258,25 @@ def check(a):
         check_options(a, temperature=(0, 2))
     check_options(a, frames=(1, math.inf), steps=(1, math.inf), diffusion_steps=(2, 1000), cfg=(0, 100), n=(1, math.inf), context=(1, math.inf),
                   scale=(1, 64), fps=(1, 240), eval=(1, math.inf), seed=(0, 2**63 - 1))
+    if (a.eval or a.prompts) and (a.then or a.box or a.mask or a.video or a.img):
+        raise Bad("--eval and --prompts have pictures of their own; leave out --img, --video, --then, --box and --mask")
     if a.img and a.video:
         raise Bad("--img and --video: give one of the two")
     if a.out and a.out.suffix not in (".gif", ".webp", ".png", ".mp4", ""):
         raise Bad(f"--out {a.out}: ending {a.out.suffix} is not known; use .gif, .webp, .png, .mp4, or none for a folder")
-    if a.out and a.out.suffix == ".mp4" and importlib.util.find_spec("av") is None:
-        raise Bad("--out .mp4 needs the package av: pip install av, or choose .gif, .webp or .png")
+    if a.out and a.out.suffix == ".mp4":
+        need_av(f"--out {a.out}")
     check_writable(a.out or Path("out/x"))
-    if not a.eval and not (a.img or a.video):
-        raise Bad("nothing to start from: give --img PICTURE (try --img cat.png), --video CLIP or --eval N")
+    if a.prompts:
+        need_av(f"--prompts {a.prompts}")
+    if not (a.eval or a.prompts or a.img or a.video or a.prompt):
+        raise Bad("nothing to start from: give --img PICTURE (try --img cat.png), --video CLIP, --prompt TEXT or --eval N")
+    if (a.box or a.mask) and not a.video:
+        raise Bad("--box, --mask: they mark what to change in a clip; give it with --video")
+    if a.box and not re.fullmatch(r"\d+(,\d+){3}", a.box):
+        raise Bad(f"--box {a.box}: give y0,x0,y1,x1 in pixels, such as 0,0,32,64")
+    if not all(re.fullmatch(r"\d+", f) for f, _ in a.then):
+        raise Bad("--then: first a pixel frame, then a prompt, such as --then 13 \"a cat moves up slowly\"")
 
 
 def main():
@@ -309,26 +289,38 @@ def main():
     torch.manual_seed(a.seed)
     size, frames = a.size or tuple(settings["size"]), a.frames or settings["frames"][-1]
     check_size(tokenizer.stride, frames, *size)
-    if a.eval and frames == 1:
-        raise Bad(f"--frames 1: there is nothing to compare behind the given picture; give {1 + tokenizer.stride[0]} or more")
+    context = a.context or (2 if a.video else 1)
+    if a.eval and 1 + tokenizer.stride[0] * (context - 1) >= frames:
+        raise Bad(f"--frames {frames}: there is nothing to compare behind what is given; give {1 + tokenizer.stride[0] * context} or more")
     print(f"checkpoint {a.ckpt}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {frames} frames {size[0]}x{size[1]}")
     options = dict(steps=a.steps, diffusion_steps=a.diffusion_steps, cfg=a.cfg, cfg_schedule=a.cfg_schedule,
                    temperature=a.temperature, use_cache=not a.no_cache)
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         if a.eval:
-            return evaluate(model, tokenizer, a.eval, frames, size, options, a.out or Path("out/eval.gif"), a.fps)
-        source = find(a.img or a.video)
+            return evaluate(model, tokenizer, a.eval, frames, size, options, a.out or Path("out/eval.gif"), a.fps, context, a.prompt)
+        if a.prompts:
+            return many(a, model, tokenizer, frames, size, options, device)
+        source = find(a.img or a.video or Path("clip"))
         source = source.resolve() if source.is_dir() else source  # "." has a name, too
         text = source.parent / f"{source.stem}.txt"
         prompt = a.prompt if a.prompt is not None else text.read_text(errors="replace").strip() if text.is_file() else ""
         print(f"prompt: {prompt[:200]!r}" + ("" if a.prompt is not None or not prompt else f" (from {text})"))
         s = tokenizer.stride[0]
-        given = read_pictures(source, size, 1 + s * (a.context - 1) if a.video else 1).to(device)
-        if given.shape[2] >= frames:
-            raise Bad(f"--frames {frames}: {given.shape[2]} are given already; ask for more, such as {given.shape[2] + 6 * s}")
+        keep = keep_outside(a, size, tokenizer.stride).to(device) if a.box or a.mask else None
+        n0 = 1 + (frames - 1) // s if keep is not None else context if a.video else int(a.img is not None)  # latent frames given
+        if keep is None and 1 + s * (n0 - 1) >= frames:
+            raise Bad(f"--frames {frames}: {1 + s * (n0 - 1)} are given already; ask for more, such as {1 + s * (n0 + 5)}")
+        then = {-(-int(f) // s): [p] * a.n for f, p in a.then}
+        if then and (a.no_cache or keep is not None or not model.config.cuts):
+            raise Bad("--then: it changes what follows the cache; leave out --no-cache, --box and --mask, and sample a causal next-frame model")
+        if not all(n0 <= f <= (frames - 1) // s for f in then):
+            raise Bad(f"--then {' '.join(f for f, _ in a.then)}: give a frame that is generated, from {max(0, 1 + s * (n0 - 1))} to {frames - 1}")
         start = time.time()
-        latents = tokenizer.encode(given).repeat(a.n, 1, 1, 1, 1)
-        latents = generate(model, latents, [prompt] * a.n, 1 + (frames - 1) // s, progress=True, **options)
+        if n0:
+            latents = tokenizer.encode(to_float(torch.from_numpy(read_clip(source, size, 1 + s * (n0 - 1))[None])).to(device)).repeat(a.n, 1, 1, 1, 1)
+        else:
+            latents = torch.zeros(a.n, 0, size[0] // tokenizer.stride[1], size[1] // tokenizer.stride[2], tokenizer.channels, device=device)
+        latents = generate(model, latents, [prompt] * a.n, 1 + (frames - 1) // s, progress=True, then=then, keep=keep, **options)
         clips = tokenizer.decode(latents)
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -341,7 +333,7 @@ def main():
         write_video(path, clip, a.fps)
     strip = out.with_name(f"{out.stem}-strip.png")
     write_strip(strip, clips, s)
-    made = latents.shape[1] - 1 - (given.shape[2] - 1) // s
+    made = latents.shape[1] - (n0 if keep is None else 0)
     print(f"wrote {', '.join(map(str, paths))} and {strip}: {seconds:.1f} s, {seconds / made:.2f} s per latent frame "
           f"({device.type}, {str(dtype)[6:]}, {'with' if options['use_cache'] and model.config.attention == 'causal' else 'without'} cache)")
 

@@ -5,25 +5,24 @@ is a module that maps captions to states and a mask. Whatever offers these can s
 
     python tokenizer.py                                                          trains the 4x8x8 of the first stage
     python tokenizer.py --stride 8x16x16 --size 128x192 --frames 49 --width 256  the stronger one of the second
+    python tokenizer.py --encode DIR --out LATENTS                               your clips, once: train.py --data LATENTS
 """
 import argparse
 import math
 import os
 import re
+import shutil
 import sys
 import time
 import warnings
 import zlib
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from tqdm import tqdm
-
-from data import world
 
 DATA = Path(__file__).parent / "data"
 
@@ -240,8 +239,8 @@ class Pretrained(nn.Module):
         """list of str -> states (batch, token, dim), mask (batch, token), True at tokens. Long captions are cut."""
         states, device = [], self.hidden[0].device
         for c in captions:
-            states.append(self.kept[c] if c in self.kept else self.one(c))
-            self.kept[c] = states[-1]
+            states.append(c.states if hasattr(c, "states") else self.kept[c] if c in self.kept else self.one(c))
+            self.kept[str(c)] = states[-1]
         while len(self.kept) > 10_000:
             self.kept.pop(next(iter(self.kept)))
         longest = -(-max(map(len, states)) // 8) * 8
@@ -250,16 +249,29 @@ class Pretrained(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------- files and hardware
-def save(what, path):
-    """torch.save under a temporary name, then rename: whatever happens, `path` holds an old or a new whole file."""
-    path, part = Path(path), Path(f"{path}.{os.getpid()}.part")
+def write(path, save):
+    """Calls save(a temporary name of the same ending), then renames: whatever happens, `path` is an old or a new whole file
+    (or folder of pictures). Raises Bad."""
+    path = Path(path)
+    if path.is_dir() and any(f.suffix != ".png" or not f.stem.isdigit() for f in path.iterdir()):
+        raise Bad(f"{path}: a folder with other things in it; choose another place with --out")
+    part = path.with_name(f".{os.environ.get('RANK', 0)}-{os.getpid()}.part-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(what, part)
+        save(part)
+        if path.is_dir():
+            shutil.rmtree(path)
         os.replace(part, path)
-    except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
-        part.unlink(missing_ok=True) if path.parent.is_dir() else None
-        raise Bad(f"{path}: cannot write it ({getattr(e, 'strerror', None) or e}); choose a folder with room with --out") from None
+    except Exception as e:  # a full disk (RuntimeError of torch's), or more pixels than the format can hold
+        if part.is_dir():
+            shutil.rmtree(part)
+        elif path.parent.is_dir():
+            part.unlink(missing_ok=True)
+        raise Bad(f"{path}: cannot write it ({getattr(e, 'strerror', None) or e}); choose a place with room with --out, or a smaller --scale") from None
+
+
+def save(what, path):
+    write(path, lambda part: torch.save(what, part))
 
 
 def load(path, kind):
@@ -305,10 +317,16 @@ def unpack(content, path="checkpoint", folder=None, device="cpu"):
     return tokenizer.to(device).eval().requires_grad_(False)
 
 
+def open_tokenizer(path, device="cpu"):
+    """A file of this script, or the folder of a Cosmos-Tokenizer. Raises Bad."""
+    return Cosmos(path, device=device) if path.is_dir() else unpack(load(path, "tokenizer"), path, device=device)
+
+
 def choose_device(name=None):
     """`name`, or the best device there is. Raises Bad for one that is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = name or next(k for k, ok in there.items() if ok)
+    name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name  # torchrun's
     try:
         if not there[name.split(":")[0]]:
             raise KeyError
@@ -332,12 +350,6 @@ def parse_size(text, parts=2):
 
 
 # ---------------------------------------------------------------------------------------------------- training
-def draw(seeds, frames, size, held_out=False):
-    """Clips of the drawn world -> video uint8 (batch, frames, H, W, 3), captions."""
-    clips, captions = zip(*(world.clip(s, frames, *size, held_out) for s in seeds))
-    return torch.from_numpy(np.stack(clips)), list(captions)
-
-
 def to_float(video):
     """uint8 (batch, frames, H, W, 3) -> (batch, 3, frames, H, W) in [-1, 1]."""
     return video.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
@@ -350,10 +362,15 @@ def psnr(video, truth):
 
 
 def options_parser():
-    p = argparse.ArgumentParser(description="Train the video tokenizer on the drawn world")
+    p = argparse.ArgumentParser(description="Train the video tokenizer, or encode clips with one")
+    p.add_argument("--data", type=Path, help="folder of clips to train on (the drawn world)")
+    p.add_argument("--encode", type=Path, help="write the latents of the clips in this folder to --out, for train.py --data")
+    p.add_argument("--tokenizer", type=Path, help="that encodes: a file of this script, or the folder of a Cosmos-Tokenizer")
+    p.add_argument("--text", help="with --encode, also the states of this text encoder, such as Qwen/Qwen2-1.5B")
+    p.add_argument("--fps", type=float, help="of the clips in the folder (all their frames)")
     p.add_argument("--stride", type=lambda s: parse_size(s, 3), default=(4, 8, 8), help="frames x rows x columns (4x8x8)")
     p.add_argument("--size", type=parse_size, default=(64, 64), help="HEIGHTxWIDTH of the clips (64x64)")
-    p.add_argument("--frames", type=int, default=25, help="of the held-out clips; training uses three latent frames (25)")
+    p.add_argument("--frames", type=int, default=25, help="of the held-out clips, training uses three latent frames; or of what is encoded (25)")
     p.add_argument("--width", type=int, default=192)
     p.add_argument("--blocks", type=int, default=3)
     p.add_argument("--steps", type=int, default=5500)
@@ -362,27 +379,39 @@ def options_parser():
     p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--noise", type=float, default=0.1, help="std added to the tokens while training: smooth tokens forgive errors")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", type=Path, default=Path("out"), help="folder for tokenizer-STRIDE.pt (out)")
+    p.add_argument("--out", type=Path, default=Path("out"), help="folder for tokenizer-STRIDE.pt, or for the latents (out)")
     p.add_argument("--device")
     p.add_argument("--dtype", choices=("float32", "bfloat16"))
     return p
 
 
 def main():
+    from data.video import Folder, Latents, encode, open_data  # which imports this file
     a = options_parser().parse_args()
     check_size(a.stride, a.frames, *a.size)
     check_options(a, steps=(1, math.inf), decoder_steps=(0, math.inf), batch=(1, math.inf), width=(4, math.inf), blocks=(0, math.inf),
-                  lr=(1e-9, 1), noise=(0, 10), seed=(0, 2**63 - 1))
+                  lr=(1e-9, 1), noise=(0, 10), fps=(0.01, 1000), seed=(0, 2**63 - 1))
     device = choose_device(a.device)
     dtype = choose_dtype(a.dtype, device)
-    path = a.out / f"tokenizer-{'x'.join(map(str, a.stride))}.pt"
+    name = f"tokenizer-{'x'.join(map(str, a.stride))}.pt"
+    path = a.out / name
     check_writable(path)
     torch.manual_seed(a.seed)
+    if a.encode:
+        tokenizer = open_tokenizer(a.tokenizer or DATA / name, device)
+        if isinstance(tokenizer, Cosmos):
+            tokenizer.measure(to_float(Folder(a.encode, a.fps).batch(range(16), a.frames, a.size)[0]).to(device))
+        source = encode(a.encode, a.out, tokenizer, a.frames, a.size, a.fps, device, a.text and Pretrained(a.text, device, dtype))
+        print(f"wrote latents to {a.out}; skipped {len(source.skipped)} files; python train.py --data {a.out} trains on them")
+        return
+    source = open_data(a.data, a.fps)
+    if isinstance(source, Latents):
+        raise Bad(f"--data {a.data}: holds latents; give a folder of clips")
     tokenizer = Tokenizer(a.stride, width=a.width, blocks=a.blocks).to(device)
     short, total = min(a.frames, 1 + 2 * a.stride[0]), a.steps + a.decoder_steps
     print(f"tokenizer {path.stem}: {sum(w.numel() for w in tokenizer.parameters()) / 1e6:.1f} M parameters, {a.steps} + {a.decoder_steps} steps "
           f"of {a.batch} clips {a.size[0]}x{a.size[1]}x{short}, {device.type}, {str(dtype)[6:]}", flush=True)
-    held, start = to_float(draw(range(32), a.frames, a.size, held_out=True)[0]).to(device), time.time()
+    held, start = to_float(source.held_out(32, a.frames, a.size)[0].to(device)), time.time()
     bar = tqdm(range(total), mininterval=1)
     for step in bar:
         alone = step >= a.steps  # the decoder is finished on tokens that no longer move
@@ -391,7 +420,7 @@ def main():
             optimiser = torch.optim.AdamW((tokenizer.decoder if alone else tokenizer).parameters(), peak, betas=(0.9, 0.95), weight_decay=0.01)
         for group in optimiser.param_groups:
             group["lr"] = peak * min(1, (step - first + 1) / 100) * (1 - (step - first) / steps)  # warm-up, then down a line
-        video = to_float(draw(range(step * a.batch, (step + 1) * a.batch), short, a.size)[0].to(device))
+        video = to_float(source.batch(range(step * a.batch, (step + 1) * a.batch), short, a.size)[0].to(device))
         tokenizer.normalise.train(not alone)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             with torch.set_grad_enabled(not alone):
@@ -410,8 +439,9 @@ def main():
             save(pack(tokenizer), path)
             bar.write(f"step {step + 1}: held-out PSNR {score:.2f} dB, largest token {tokens.abs().max():.1f}, {(time.time() - start) / 60:.1f} min", sys.stdout)
         bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-    print(f"wrote {path}: {score:.2f} dB mean PSNR over 32 held-out clips {a.size[0]}x{a.size[1]}x{a.frames}")
+    print(f"wrote {path}: {score:.2f} dB mean PSNR over 32 {'' if a.data else 'held-out '}clips {a.size[0]}x{a.size[1]}x{a.frames}")
 
 
 if __name__ == "__main__":
-    run(main)
+    import tokenizer  # under its name: what data/video.py raises is then what `run` catches
+    tokenizer.run(tokenizer.main)

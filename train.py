@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -26,14 +27,19 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "10000")  # shapes chan
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from sample import generate, load_model, to_uint8, write_strip
-from tokenizer import (DATA, Bad, Cosmos, Pretrained, Words, check_options, check_size, check_writable, choose_device, choose_dtype, draw, load, pack, parse_size,
-                       psnr, run, save, to_float, unpack)
+from data.video import Latents, open_data, to_uint8, write_strip
+from sample import generate, load_model
+from tokenizer import (DATA, Bad, Cosmos, Pretrained, Words, check_options, check_size, check_writable, choose_device, choose_dtype, load, open_tokenizer,
+                       pack, parse_size, psnr, run, save, to_float, unpack)
 from videomar import PRESETS, VideoMAR
 
-STEPS = {"toy": (3600, 700, 900), "paper": (50000, 50000, 100000)}  # of three stages: 5, 13 and 25 frames
+STEPS = {"toy": (1800, 500, 1300), "paper": (50000, 50000, 100000)}  # of three stages: 5, 13 and 25 frames
+OPTIMISER = {"toy": "muon", "paper": "adamw"}
 RATE = {"toy": 1.5e-3, "paper": 1e-4}  # the paper's, and one that suits a small model
 
 
@@ -45,13 +51,16 @@ def numbers(text):
 
 
 def options_parser():
-    p = argparse.ArgumentParser(description="Train VideoMAR on the drawn world")
+    p = argparse.ArgumentParser(description="Train VideoMAR on the drawn world, or on your own clips")
     p.add_argument("--frames", type=numbers, default=[5, 13, 25], help="pixel frames of each stage (5,13,25)")
     p.add_argument("--steps", type=numbers, help="one number for all stages, or one per stage")
     p.add_argument("--size", type=parse_size, default=(64, 64), help="HEIGHTxWIDTH (64x64)")
     p.add_argument("--stride", type=lambda s: parse_size(s, 3), default=(4, 8, 8), help="of the tokenizer (4x8x8)")
     p.add_argument("--tokenizer", type=Path, help="file of tokenizer.py (out/tokenizer-STRIDE.pt if there is one, else data/), or folder of a Cosmos-Tokenizer")
     p.add_argument("--text", help="folder or name of a text encoder for transformers, such as Qwen/Qwen2-1.5B (learned words)")
+    p.add_argument("--data", type=Path, help="folder of clips, or of latents written by tokenizer.py --encode (the drawn world)")
+    p.add_argument("--fps", type=float, help="pictures a second to take from the clips in --data (all)")
+    p.add_argument("--workers", type=int, help="threads that read the next batches meanwhile (0 on a CPU with the drawn world, else 4)")
     p.add_argument("--init", type=Path, help="start from this checkpoint's weights: a resolution stage, or fine-tuning")
     p.add_argument("--resume", action="store_true", help="go on exactly where the checkpoint in --out stopped")
     p.add_argument("--out", type=Path, default=Path("out"), help="folder of ckpt.pt, log.csv and the film strips (out)")
@@ -59,11 +68,13 @@ def options_parser():
     p.add_argument("--preset", choices=PRESETS, default="toy")
     p.add_argument("--batch", type=int, default=8, help="clips a step, over all ranks (8)")
     p.add_argument("--accumulate", type=int, default=1, help="parts in which each rank takes its share of the batch (1)")
+    p.add_argument("--optimiser", choices=("adamw", "muon"), help="muon: for the matrices inside the blocks and the head, AdamW for the rest (by the preset)")
     p.add_argument("--lr", type=float, help="learning rate (by the preset)")
     p.add_argument("--warmup", type=int, default=100, help="steps in which the rate rises (100)")
     p.add_argument("--decay", type=float, default=1.0, help="last share of all steps in which the rate falls to 0 (1; MAR 0)")
     p.add_argument("--ema", type=float, default=0.9999, help="of the averaged weights, less at the start (0.9999)")
     p.add_argument("--noise", type=float, default=0.15, help="std of the noise on the tokens (0.15): see the loop")
+    p.add_argument("--first", type=float, default=0.1, help="share of the steps that train frame 0, from the text alone (0.1); the paper is 0, and then no clip changes its motion either")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (500)")
     p.add_argument("--attention", choices=("causal", "full"), default="causal", help="the paper's ablations")
@@ -72,12 +83,17 @@ def options_parser():
     p.add_argument("--device", help="cuda, mps or cpu (the best there is)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the network's products (by the hardware)")
     p.add_argument("--compile", action="store_true", help="torch.compile the blocks: slow to start, faster after")
+    p.add_argument("--shard", action="store_true", help="split parameters, gradients and state over the ranks of torchrun (FSDP2)")
+    p.add_argument("--recompute", action="store_true", help="activations of a block are computed again in the backward pass: less memory")
+    p.add_argument("--plan", action="store_true", help="print FLOPs, memory and days, and stop")
+    p.add_argument("--gpus", type=int, default=1, help="for --plan")
+    p.add_argument("--rate", type=float, default=4e14, help="for --plan: FLOP/s that one GPU reaches (4e14)")
     p.add_argument("--tensorboard", action="store_true", help="also log for tensorboard (pip install tensorboard)")
     return p
 
 
 def plan(argv=None):
-    """The arguments, checked; with --resume the checkpoint they start from; tokenizer and device. Raises Bad."""
+    """The arguments, checked; with --resume the checkpoint they start from; tokenizer, clips and device. Raises Bad."""
     parser, checkpoint = options_parser(), None
     a = parser.parse_args(argv)
     if a.resume:
@@ -90,16 +106,17 @@ def plan(argv=None):
         parser.set_defaults(**checkpoint["args"])
         a = parser.parse_args(argv)
     device = choose_device(a.device)
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    source = open_data(a.data, a.fps)
     if checkpoint:
         tokenizer, a.tokenizer = unpack(checkpoint["tokenizer"], path, a.tokenizer, device), a.tokenizer or path
-    elif a.tokenizer and a.tokenizer.is_dir():
-        tokenizer = Cosmos(a.tokenizer, device=device)
+    elif isinstance(source, Latents):
+        path = a.data / "tokenizer.pt"
+        tokenizer, a.tokenizer = unpack(load(path, "latents")["tokenizer"], path, a.tokenizer, device), a.tokenizer or path
+        a.stride = tokenizer.stride
     else:
         name = f"tokenizer-{'x'.join(map(str, a.stride))}.pt"
         a.tokenizer = a.tokenizer or next((p for p in (a.out / name, Path("out") / name) if p.exists()), DATA / name)
-        tokenizer = unpack(load(a.tokenizer, "tokenizer"), a.tokenizer, device=device)
+        tokenizer = open_tokenizer(a.tokenizer, device)
     if isinstance(tokenizer, Cosmos):
         a.stride = tokenizer.stride
     if tokenizer.stride != a.stride:
@@ -108,13 +125,17 @@ def plan(argv=None):
     a.steps = list(steps) * (len(a.frames) if len(steps) == 1 else 1)
     if len(a.steps) != len(a.frames):
         raise Bad(f"--steps has {len(a.steps)} numbers for {len(a.frames)} stages; give one, or one per stage")
+    if isinstance(source, Latents) and (source.size != tuple(a.size) or source.frames < max(a.frames)):
+        raise Bad(f"--data {a.data}: its latents are of {source.frames} frames {'x'.join(map(str, source.size))}; give --size that, and --frames up to that")
+    if isinstance(source, Latents) and source.meta["text"] not in (None, a.text):
+        raise Bad(f"--data {a.data}: its captions are encoded by {source.meta['text']}; give that as --text")
     for frames in a.frames:
         check_size(a.stride, frames, *a.size)
         if frames <= a.stride[0]:
             raise Bad(f"--frames {frames}: at least {1 + a.stride[0]} are needed, the given picture and one latent frame")
     if min(a.steps) < 1:
         raise Bad(f"--steps {min(a.steps)}: each stage must have at least 1")
-    check_options(a, batch=(1, math.inf), accumulate=(1, math.inf), lr=(1e-9, 1), warmup=(1, math.inf), decay=(0, 1), ema=(0, 0.999999), noise=(0, 10),
+    check_options(a, batch=(1, math.inf), accumulate=(1, math.inf), lr=(1e-9, 1), warmup=(1, math.inf), decay=(0, 1), ema=(0, 0.999999), noise=(0, 10), first=(0, 1), workers=(0, 256), gpus=(1, math.inf), rate=(1, math.inf), fps=(0.01, 1000),
                   seed=(0, 2**23 - 1), save_every=(1, math.inf))
     check_writable(a.out / "ckpt.pt")
     if a.export:
@@ -123,15 +144,25 @@ def plan(argv=None):
             raise Bad(f"--export {a.export}: it is a folder; give the name of a file")
     if a.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise Bad("--tensorboard needs the package tensorboard: pip install tensorboard")
-    a.lr = a.lr or RATE[a.preset]
-    return a, checkpoint, tokenizer, device
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if checkpoint:  # the parts of a step are what its draws belong to: other ranks, the same parts
+        a.accumulate = max(1, checkpoint["args"]["parts"] // ranks)
+        if a.optimiser != checkpoint["args"]["optimiser"]:
+            raise Bad(f"--resume: {a.out / 'ckpt.pt'} was trained with --optimiser {checkpoint['args']['optimiser']}; leave it so")
+    a.parts = ranks * a.accumulate
+    if a.batch % a.parts or checkpoint and a.parts != checkpoint["args"]["parts"]:
+        raise Bad(f"--batch {a.batch} in {checkpoint['args']['parts'] if checkpoint else a.parts} parts: {ranks} ranks cannot share it evenly; it must be a multiple of ranks x accumulate")
+    a.lr, a.optimiser = a.lr or RATE[a.preset], a.optimiser or OPTIMISER[a.preset]
+    if a.shard and (ranks == 1 or a.optimiser == "muon"):
+        raise Bad("--shard: " + ("start it with torchrun on several ranks" if ranks == 1 else "Muon needs whole matrices; give --optimiser adamw"))
+    return a, checkpoint, tokenizer, source, device
 
 
-def shard_batch(a, step, shard, shards, frames):
+def part_of_batch(a, source, step, part, parts, frames, turn=0):
     """The clips of one part of step's batch: a function of (seed, step, part) and nothing else."""
-    each = a.batch // shards
-    first = a.seed * 2**40 + step * a.batch + shard * each
-    return draw(range(first, first + each), frames, a.size)
+    each = a.batch // parts
+    first = a.seed * 2**40 + step * a.batch + part * each
+    return source.batch(range(first, first + each), frames, a.size, turn)
 
 
 def rate_at(a, step):
@@ -140,9 +171,75 @@ def rate_at(a, step):
     return a.lr * min(1, (step + 1) / a.warmup, left / a.decay if a.decay else 1)
 
 
+# ------------------------------------------------------------------------------------------------- what it takes
+def state_bytes(model, a):
+    """Of parameters, gradients, the average, and AdamW's two moments or Muon's one, all float32."""
+    return 20 * sum(p.numel() for p in model.parameters()) - 4 * sum(p.numel() for p in muon_parameters(model, a.optimiser))
+
+
+def show_plan(a, config):
+    """--plan: FLOPs, memory and days, from the configuration alone. Memory of activations is an estimate."""
+    with torch.device("meta"):
+        model = VideoMAR(config, Words(config.text_dim))
+    count, state = sum(p.numel() for p in model.parameters()), state_bytes(model, a)
+    n = (a.size[0] // a.stride[1]) * (a.size[1] // a.stride[2])
+    total = 0
+    print(f"model      {count / 1e9:.3f} B parameters; a latent frame is {n} tokens")
+    for frames, steps in zip(a.frames, a.steps):
+        t = 1 + (frames - 1) // a.stride[0]
+        passed = sum(config.layers * (14 * config.dim**2 * n * (i + 1) + config.dim * n * n * (i + 1) * (i + 2)) for i in range(1, t)) / (t - 1)
+        head = sum(p.numel() for p in model.head.parameters()) * 0.86 * n * config.diffusion_repeats  # the mean mask ratio is 0.86
+        flops = 6 * a.batch * (passed + head)  # a product and a sum, forward and twice as much backward
+        total += steps * flops
+        print(f"{frames:4d} frames  {t} latent, {t * n} tokens a clip, {a.batch * n * (t + 2) // 2} a step of {a.batch} clips, {flops:.3g} FLOPs a step, {steps} steps")
+    clips, tokens = a.batch / a.gpus / a.accumulate, n * max(1 + (f - 1) // a.stride[0] for f in a.frames)
+    for shard in (False, True):
+        for recompute in (False, True):
+            kept = clips * tokens * config.dim * (4 * config.layers + 60 if recompute else 60 * config.layers)  # bytes: bfloat16, float32 residuals
+            print(f"memory     {state / (a.gpus if shard else 1) / 2**30:8.2f} GiB of parameters, gradients and state + about {kept / 2**30:.2f} of activations a GPU"
+                  + ", --shard" * shard + ", --recompute" * recompute)
+    print(f"time       {total:.3g} FLOPs: {total / a.gpus / a.rate / 86400:.3g} days on {a.gpus} GPUs at {a.rate:.3g} FLOP/s each")
+
+
+def muon_parameters(model, optimiser):
+    """The matrices inside the blocks and the head, if Muon takes them."""
+    return [p for m in (model.blocks, model.head.modulate, model.head.mlps) for p in m.parameters() if p.dim() == 2 and optimiser == "muon"]
+
+
+def make_optimisers(model, optimiser, lr, fused):
+    """AdamW (paper 5.1); before it takes the rest, "muon" gives the inner matrices to Muon (Jordan 2024), which makes the
+    step of a matrix orthogonal: half the training steps for the same error here."""
+    inner = muon_parameters(model, optimiser)
+    outer = [p for p in model.parameters() if not any(p is q for q in inner)]
+    groups = [{"params": [p for p in outer if p.dim() > 1], "weight_decay": 0.02}, {"params": [p for p in outer if p.dim() <= 1], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=fused)
+    return [adamw, torch.optim.Muon(inner, lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")] if inner else [adamw]
+
+
+def shard(model, device, world_size):
+    """FSDP2: each rank keeps a part of every tensor; a block's, and the head's, are gathered while it runs."""
+    mesh = init_device_mesh(device.type, (world_size,))
+    for part in (*model.blocks, model.head, model):
+        fully_shard(part, mesh=mesh)
+    for block in model.blocks:  # called from outside its forward
+        register_fsdp_forward_method(block, "read_text")
+
+
+def whole(state):
+    """A state with every sharded tensor gathered: all ranks must call it. One file format, sharded or not."""
+    if isinstance(state, dict):
+        return {k: whole(v) for k, v in state.items()}
+    if isinstance(state, list):
+        return [whole(v) for v in state]
+    return state.full_tensor().cpu() if isinstance(state, DTensor) else state
+
+
 def main():
     # ---------------------------------------------------------------------------------------------------- plan
-    a, checkpoint, tokenizer, device = plan()
+    a, checkpoint, tokenizer, source, device = plan()
+    config = replace(PRESETS[a.preset], attention=a.attention, loss=a.loss, position=a.position, channels=tokenizer.channels)
+    if a.plan:
+        return show_plan(a, config)
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     dtype = choose_dtype(a.dtype, device)
     a.dtype = str(dtype)[6:]
@@ -150,26 +247,23 @@ def main():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))  # rank 0 draws film strips
-    shards = world_size * a.accumulate
-    if a.batch % shards:
-        raise Bad(f"--batch {a.batch}: it must be a multiple of ranks x accumulate = {shards}")
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.set_flush_denormal(True)  # the gradients of zero-initialised layers are full of them, and they are slow
     say = print if rank == 0 else lambda *args, **kwargs: None
 
     # ---------------------------------------------------------------------------------------------------- data
-    if isinstance(tokenizer, Cosmos) and not checkpoint:
-        tokenizer.measure(to_float(draw(range(16), a.frames[-1], a.size)[0]).to(device))
+    if isinstance(tokenizer, Cosmos) and not checkpoint and not isinstance(source, Latents):
+        tokenizer.measure(to_float(source.batch(range(16), a.frames[-1], a.size)[0]).to(device))
         say(f"latents    of 16 clips, by channel: mean {' '.join(f'{v:.2f}' for v in tokenizer.mean)}; std {' '.join(f'{v:.2f}' for v in tokenizer.std)}")
     packed = pack(tokenizer)
-    # On a GPU a thread draws the next batch meanwhile. On a CPU the cores are busy: with the drawing beside them, a step
-    # took 0.32 s instead of 0.26.
-    pool = ThreadPoolExecutor(1) if device.type != "cpu" else None
+    # Threads read the next batches meanwhile. On a CPU the cores are busy: with the drawing beside them, a step took 0.32 s
+    # instead of 0.26.
+    workers = a.workers if a.workers is not None else 0 if device.type == "cpu" and a.data is None else 4
+    pool, coming = ThreadPoolExecutor(max(1, workers)), deque()
 
     # --------------------------------------------------------------------------------------------------- model
     torch.manual_seed(a.seed)
-    config = replace(PRESETS[a.preset], attention=a.attention, loss=a.loss, position=a.position, channels=tokenizer.channels)
     if checkpoint or a.init:
         path = a.out / "ckpt.pt" if checkpoint else a.init
         model = load_model(path, device, checkpoint, dtype, a.text, tokenizer)[0].train()
@@ -182,31 +276,38 @@ def main():
         text = Pretrained(a.text, device, dtype) if a.text else Words(config.text_dim)
         config = replace(config, text_dim=text.dim)
         model = VideoMAR(config, text).to(device)
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    plain = [p for p in model.parameters() if p.dim() <= 1]
-    optimiser = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0.0}],
-                                  a.lr, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
     ema, step = copy.deepcopy(model).requires_grad_(False), 0
+    if checkpoint:  # `ema` is the copy of the averaged weights
+        model.load_state_dict(checkpoint["model"])
+    if a.shard:
+        shard(model, device, world_size)
+        shard(ema, device, world_size)
+    optimisers = make_optimisers(model, a.optimiser, a.lr, device.type in ("cuda", "cpu") and not a.shard)
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])  # behind it, `ema` is the copy of the averaged weights
-        optimiser.load_state_dict(checkpoint["optimiser"])
+        for optimiser, state in zip(optimisers, checkpoint["optimiser"]):
+            params = [p for g in optimiser.param_groups for p in g["params"]]
+            state["state"] = {i: {k: distribute_tensor(v, params[i].device_mesh, params[i].placements) if a.shard and v.dim() else v for k, v in values.items()}
+                              for i, values in state["state"].items()}
+            optimiser.load_state_dict(state)
         step = checkpoint["step"]
     if a.compile:
         from torch._dynamo import config as dynamo
         dynamo.recompile_limit = 64  # a graph for every frame t
         for module in (*model.blocks, model.head):
             module.compile()
-    learner = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
+    model.recompute = a.recompute
+    learner = nn.parallel.DistributedDataParallel(model) if world_size > 1 and not a.shard else model
 
-    args = {k: v for k, v in vars(a).items() if k not in ("resume", "out", "device", "init", "export", "compile", "tokenizer")}
+    args = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in vars(a).items() if k not in ("resume", "out", "device", "init", "export", "compile", "tokenizer", "workers", "plan", "gpus", "rate", "recompute", "shard")}
 
     def save_to(path, **state):
         save({"kind": "videomar", "config": asdict(config), "settings": {"frames": a.frames, "size": a.size},
               "tokenizer": packed, "text": getattr(model.text, "name", None), "step": step, **state}, path)
 
     def checkpoint_now():
+        state = whole({"model": model.state_dict(), "ema": ema.state_dict(), "optimiser": [o.state_dict() for o in optimisers]})
         if rank == 0:
-            save_to(a.out / "ckpt.pt", model=model.state_dict(), ema=ema.state_dict(), optimiser=optimiser.state_dict(), args=args)
+            save_to(a.out / "ckpt.pt", **state, args=args)
 
     a.out.mkdir(parents=True, exist_ok=True)
     log = (a.out / "log.csv").open("r+" if checkpoint and (a.out / "log.csv").exists() else "w", newline="") if rank == 0 else None
@@ -214,33 +315,35 @@ def main():
     # -------------------------------------------------------------------------------------------------- stages
     ends = [sum(a.steps[:i + 1]) for i in range(len(a.steps))]
     n = (a.size[0] // a.stride[1]) * (a.size[1] // a.stride[2])
-    cut = config.attention == "causal" and config.loss == "next-frame"  # nothing is read behind frame t
     say(f"model      {a.preset}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {config.attention} attention, "
         f"{config.loss} loss, {config.position} positions" + (f", weights from {a.init}" if a.init and not checkpoint else ""))
     say(f"tokenizer  {a.tokenizer}, stride {'x'.join(map(str, a.stride))}, {tokenizer.channels} channels")
-    say(f"data       drawn world, seed {a.seed}, {a.size[0]}x{a.size[1]}, batch {a.batch} = {world_size} ranks x {a.accumulate} x {a.batch // shards}")
+    say(f"data       {source.about}, seed {a.seed}, {a.size[0]}x{a.size[1]}, batch {a.batch} = {world_size} ranks x {a.accumulate} x {a.batch // a.parts}")
     for i, (frames, steps) in enumerate(zip(a.frames, a.steps)):
         t = 1 + (frames - 1) // a.stride[0]
         say(f"stage {i + 1}    {frames} frames = {t} latent frames of {n} tokens, {steps} steps of "
-            + (f"about {a.batch * n * (t + 2) // 2} tokens" if cut else f"{a.batch * n * t} tokens"))
+            + (f"about {a.batch * n * (t + 2) // 2} tokens" if config.cuts else f"{a.batch * n * t} tokens"))
     say(f"run        steps {step} to {ends[-1]}, lr {a.lr:g}, {device}, {a.dtype}; checkpoint {a.out / 'ckpt.pt'}", flush=True)
     writer = None
     if a.tensorboard and rank == 0:
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(a.out)
 
+    def to_latents(clips):
+        return clips.to(device) if isinstance(source, Latents) else tokenizer.encode(to_float(clips.to(device)))
+
     def show(stage):
-        """A film strip of held-out clips, truth above, sample below; and their mean PSNR."""
+        """A film strip of held-out clips (or some of --data), truth above, sample below; and their mean PSNR."""
         frames = a.frames[stage]
-        truth, captions = draw(range(4), frames, a.size, held_out=True)
-        truth = to_float(truth)
+        truth, captions = source.held_out(4, frames, a.size)
         torch.manual_seed(a.seed)
         with torch.inference_mode(), autocast():
-            latents = tokenizer.encode(truth.to(device))
+            latents = to_latents(truth)
+            truth = tokenizer.decode(latents).cpu() if isinstance(source, Latents) else to_float(truth)
             clips = tokenizer.decode(generate(ema.eval(), latents[:, :1], captions, latents.shape[1])).cpu()
         path = a.out / f"stage{stage + 1}-{frames}.png"
         write_strip(path, [to_uint8(c) for pair in zip(truth, clips) for c in pair], a.stride[0])
-        return f"{psnr(clips[:, :, 1:], truth[:, :, 1:]).mean():.2f} dB on 4 held-out clips, see {path}"
+        return f"{psnr(clips[:, :, 1:], truth[:, :, 1:]).mean():.2f} dB on 4 {'held-out ' * (a.data is None)}clips, see {path}"
 
     # ---------------------------------------------------------------------------------------------------- loop
     stop, halt = [], False
@@ -254,30 +357,38 @@ def main():
         rows.writerows([["step", "stage", "t", "loss", "lr", "seconds"], *old])
     # t and the stage are functions of (seed, step): every rank works on frames of the same number
     stage_of = lambda step: next(i for i, end in enumerate(ends) if step < end)
-    t_of = lambda step: random.Random(f"{a.seed} {step}").randint(1, (a.frames[stage_of(step)] - 1) // a.stride[0])
+
+    def t_of(step):
+        draws = random.Random(f"{a.seed} {step}")
+        return 0 if draws.random() < a.first else draws.randint(1, (a.frames[stage_of(step)] - 1) // a.stride[0])
 
     def load_step(step):
-        """Drawn only as far as it is used: up to latent frame t, unless later ones are read."""
-        frames = 1 + t_of(step) * a.stride[0] if cut else a.frames[stage_of(step)]
-        return [shard_batch(a, step, rank + world_size * i, shards, frames) for i in range(a.accumulate)]
+        """Drawn only as far as it is used: up to latent frame t, unless later ones are read. Motions change before t."""
+        t = t_of(step)
+        frames = 1 + t * a.stride[0] if config.cuts else a.frames[stage_of(step)]
+        turn = (t - 1) * a.stride[0] if config.loss == "next-frame" and a.first else 0
+        return [part_of_batch(a, source, step, rank + world_size * i, a.parts, frames, turn) for i in range(a.accumulate)]
 
-    waited, start, first_step, upcoming = 0.0, time.time(), step, None
+    waited, start, first_step = 0.0, time.time(), step
     bar = tqdm(total=ends[-1], initial=step, disable=rank > 0, smoothing=0.05, mininterval=1)
     while step < ends[-1] and not halt:
         stage, t, tick = stage_of(step), t_of(step), time.time()
-        batch = upcoming.result() if upcoming else load_step(step)
+        batch = coming.popleft().result() if coming else load_step(step)
         waited += time.time() - tick
-        if pool and step + 1 < ends[-1]:
-            upcoming = pool.submit(load_step, step + 1)
-        for group in optimiser.param_groups:
-            group["lr"] = rate_at(a, step)
+        while len(coming) < min(workers, ends[-1] - step - 1):
+            coming.append(pool.submit(load_step, step + 1 + len(coming)))
+        for k, optimiser in enumerate(optimisers):
+            for group in optimiser.param_groups:
+                group["lr"] = rate_at(a, step) * (3 if k else 1)  # Muon takes more (measured)
         total = 0.0
         for i, (video, captions) in enumerate(batch):
             torch.manual_seed(a.seed * 2**40 + step * 2**10 + rank + world_size * i)  # all draws of this part of the step
             last = i == len(batch) - 1
-            with autocast(), (nullcontext() if last or world_size == 1 else learner.no_sync()):
+            if a.shard:
+                model.set_requires_gradient_sync(last)
+            with autocast(), (nullcontext() if last or learner is model else learner.no_sync()):
                 with torch.no_grad():
-                    latents = tokenizer.encode(to_float(video.to(device)))
+                    latents = to_latents(video)
                     # Ours, as if the tokenizer were a VAE. Over all diffusion steps the loss is about atan(a token's error), steepest
                     # at 0: without a floor, ever finer still backgrounds pay more than sprites in the right place.
                     latents = latents + a.noise * torch.randn_like(latents)
@@ -285,11 +396,13 @@ def main():
                 loss.backward()
             total = total + loss.detach()
         nn.utils.clip_grad_norm_(model.parameters(), 3.0)  # MAR
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
         step += 1
         with torch.no_grad():  # at the start the average spans the last tenth of the steps so far
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(a.ema, 1 - 10 / (step + 10)))
+            mine = lambda net: [p.to_local() if a.shard else p for p in net.parameters()]
+            torch._foreach_lerp_(mine(ema), mine(model), 1 - min(a.ema, 1 - 10 / (step + 10)))
         halt = bool(stop)  # read once a step, since a signal may come at any moment
         if world_size > 1:  # all ranks stop after the same step
             flag = torch.tensor(float(halt), device=device)
@@ -301,22 +414,27 @@ def main():
             if writer:
                 writer.add_scalar("loss", total, step)
             bar.update()
-            tokens = a.batch * n * (t + 1 if cut else 1 + (a.frames[stage] - 1) // a.stride[0]) / (time.time() - tick)
+            tokens = a.batch * n * (t + 1 if config.cuts else 1 + (a.frames[stage] - 1) // a.stride[0]) / (time.time() - tick)
             bar.set_postfix(stage=stage + 1, loss=f"{total.item():.3f}", lr=f"{rate_at(a, step - 1):.1e}", tok_s=f"{tokens:.0f}", refresh=False)
         if step % a.save_every == 0 or step in ends or halt:
             checkpoint_now()
             if rank == 0:
                 log.flush()
-        if step in ends and rank == 0:
-            bar.write(f"stage {stage + 1} done after {(time.time() - start) / 60:.1f} min: {show(stage)}", sys.stdout)
+        if step in ends and rank == 0:  # no rank holds the whole of a sharded model, to sample from
+            bar.write(f"stage {stage + 1} done after {(time.time() - start) / 60:.1f} min" + (f": {show(stage)}" if not a.shard else ""), sys.stdout)
     bar.close()
+    exported = whole(ema.state_dict()) if a.export else {}
     if world_size > 1:
+        del learner  # it holds the group, whose end waits for a thread that may wait for Python's lock
         dist.destroy_process_group()
     if halt and step < ends[-1]:
         say(f"stopped after step {step}, saved; go on with: python train.py --resume --out {a.out}")
         sys.exit(130)
     if a.export and rank == 0:
-        save_to(a.export, ema={k: v.half() for k, v in ema.state_dict().items()})
+        save_to(a.export, ema={k: v.half() for k, v in exported.items()})
+    pool.shutdown()
+    if source.skipped:
+        say(f"skipped {len(source.skipped)} files of --data that could not be used")
     minutes = (time.time() - start) / 60
     say(f"{step - first_step} steps in {minutes:.1f} min, {100 * waited / 60 / max(minutes, 1e-9):.1f} % of it waiting for clips; "
         f"python sample.py --img cat.png now uses {a.out / 'ckpt.pt'}")

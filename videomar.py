@@ -11,11 +11,13 @@ the schedules that training and sampling share. The sampler that runs all this f
 """
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -32,6 +34,7 @@ class Config:
     rope_base: float = 100.0
     diffusion_steps: int = 1000  # paper 5.1
     diffusion_repeats: int = 4  # noise draws for every masked token, MAR
+    snr_clip: float = math.inf  # of the loss's weights, see Diffusion.loss
     clamp: float = 4.0  # of the predicted x_0 while sampling, in standard deviations of a token (ours)
     text_drop: float = 0.1  # for classifier-free guidance, MAR
     mask_ratio: tuple = (1.0, 0.25, 0.7, 1.0)  # truncated normal: mean, std, low, high (paper 5.1, MAR)
@@ -44,10 +47,15 @@ class Config:
     loss: str = "next-frame"  # or "total-mask"
     position: str = "rope"  # or "absolute"
 
+    @property
+    def cuts(self):
+        """Nothing is read after frame t: the sequence may end there."""
+        return self.attention == "causal" and self.loss == "next-frame"
+
 
 PRESETS = {
     # Sampled colder and with less guidance: in the drawn world picture and caption leave one future, see the README.
-    "toy": Config(layers=6, dim=192, heads=6, head_dim=256, text_dim=128, unmask_steps=16, sample_steps=25, cfg=2.0, temperature=0.5),
+    "toy": Config(layers=6, dim=192, heads=6, head_dim=256, text_dim=128, snr_clip=1.0, unmask_steps=8, sample_steps=15, cfg=2.0, temperature=0.5),
     "paper": Config(),
 }
 
@@ -104,10 +112,11 @@ def absolute_code(positions, dim, base=10000.0):
 
 # --------------------------------------------------------------------------------------- attention and its cache
 class Cache:
-    """Keys and values of the finished frames, per layer, in buffers allocated once (paper 4.3).
+    """Self-attention's keys (already turned) and values of the finished frames, per layer, in buffers allocated once
+    (paper 4.3).
 
-    The slot behind the finished frames belongs to the frame in the making: each step overwrites it in place, and
-    raising `length` keeps it. Guidance doubles the batch, so that each branch has its own half of the buffers.
+    The slot after the finished frames belongs to the frame in the making: each step overwrites it in place, and `keep`
+    keeps it. Guidance doubles the batch: each branch has its own half of the buffers, as its keys depend on its text.
     """
 
     def __init__(self, config, batch, tokens, device=None, dtype=None):
@@ -116,11 +125,15 @@ class Cache:
         self.length = 0  # tokens of finished frames
 
     def update(self, layer, k, v):
-        """Writes k, v (batch, head, new, dim) behind the finished frames -> keys and values up to there, as views."""
+        """Writes k, v (batch, head, new, dim) after the finished frames -> keys and values up to there, as views."""
         end = self.length + k.shape[2]
         self.buffer[layer, 0, :, :, self.length:end] = k
         self.buffer[layer, 1, :, :, self.length:end] = v
         return self.buffer[layer, 0, :, :, :end], self.buffer[layer, 1, :, :, :end]
+
+    def keep(self, tokens):
+        """What was written last, of so many tokens, is finished."""
+        self.length += tokens
 
 
 def attend(q, k, v, mask=None):
@@ -198,6 +211,7 @@ class Diffusion(nn.Module):
             beta * before.sqrt() / (1 - abar), (1 - before) * (1 - beta).sqrt() / (1 - abar),  # posterior mean
             variance.log(), beta.log()])  # the two bounds of the learned log variance
         self.register_buffer("table", coefficients.float()[..., None, None], persistent=False)  # (6, steps, 1, 1)
+        self.register_buffer("snr", (abar / (1 - abar)).float(), persistent=False)
         self.register_buffer("timesteps", timesteps, persistent=False)
 
     def q_sample(self, x0, i, noise):
@@ -214,29 +228,31 @@ class Diffusion(nn.Module):
         c0, cx, low, high = self.table[2:, i, 0]
         return c0 * x0 + cx * x, low + (v + 1) / 2 * (high - low)
 
-    def loss(self, net, x0, z):
+    def loss(self, net, x0, z, snr_clip=math.inf):
         """MAR's hybrid loss of tokens x0 (tokens, C), given z (tokens, dim) -> per token (tokens,).
 
         Mean square error of the noise, plus the variational term (I-DDPM eq. 4) that teaches the variance alone:
-        the mean in it is detached. net(x_t, timestep, z) -> (tokens, 2C).
+        the mean in it is detached. net(x_t, timestep, z) -> (tokens, 2C). An error e of x_0 weighs SNR e^2 in it, which
+        at the low-noise steps is all about still backgrounds: snr_clip bounds that weight (min-SNR, Hang et al. 2023).
         """
         i = torch.randint(self.steps, x0.shape[:1], device=x0.device)
         noise = torch.randn_like(x0)
         x = self.q_sample(x0, i, noise)
         eps, v = net(x, self.timesteps[i], z).float().chunk(2, -1)
-        true_mean, true_logvar = self.posterior(x0, x, i, torch.full_like(v, -1))
+        true_mean, true_logvar = self.posterior(x0, x, i, torch.full_like(v, -1))  # its variance is the lower bound
         mean, logvar = self.posterior(self.x0_from(x, i, eps.detach()), x, i, v)
         kl = 0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp() + (true_mean - mean) ** 2 * (-logvar).exp())
         nll = 0.5 * (logvar + (x0 - mean) ** 2 * (-logvar).exp() + math.log(2 * math.pi))
         variational = torch.where(i[:, None] == 0, nll, kl) / math.log(2)
-        return ((eps - noise) ** 2 + variational).mean(-1)
+        weight = (snr_clip / self.snr[i]).clamp(max=1)
+        return (weight[:, None] * (eps - noise) ** 2 + variational).mean(-1)
 
     def sample(self, net, z, channels, temperature=1.0, guidance=None, clamp=4.0):
         """Ancestral sampling of tokens given z (tokens, dim) -> (tokens, C).
 
-        temperature multiplies the noise of each step (MAR). guidance (tokens or 1, 1): z holds a conditional and a
-        null half, and eps = null + guidance (conditional - null). The predicted x_0 is clamped (ours): the last
-        step of the cosine schedule divides errors by sqrt(2.4e-9), and without it early models paint black.
+        temperature, a number or (tokens, 1), multiplies the noise that each step adds, not the first x (MAR). guidance, a
+        number: z holds a conditional and a null half, and eps = null + guidance (conditional - null). The predicted
+        x_0 is clamped (ours): at timestep 999 it is an error of eps times 20,000, and early models would paint black.
         """
         rows = len(z) if guidance is None else len(z) // 2
         x = torch.randn(rows, channels, device=z.device)
@@ -244,8 +260,8 @@ class Diffusion(nn.Module):
             both = x if guidance is None else torch.cat([x, x])
             eps, v = net(both, self.timesteps[i:i + 1], z).float().chunk(2, -1)
             if guidance is not None:
-                (eps, null), v = eps.chunk(2), v.chunk(2)[0]
-                eps = null + guidance * (eps - null)
+                (eps, eps_null), (v, _) = eps.chunk(2), v.chunk(2)
+                eps = eps_null + guidance * (eps - eps_null)
             mean, logvar = self.posterior(self.x0_from(x, i, eps).clamp(-clamp, clamp), x, i, v)
             x = mean if i == 0 else mean + temperature * (0.5 * logvar).exp() * torch.randn_like(x)
         return x
@@ -298,6 +314,7 @@ class VideoMAR(nn.Module):
         self.norm = nn.LayerNorm(config.dim)
         self.head = DiffusionHead(config)
         self.diffusion = Diffusion(config.diffusion_steps)
+        self.recompute = False  # True: compute blocks' activations again in the backward pass, instead of keeping them
         for p in (self.mask_token, self.null_text):
             nn.init.normal_(p, std=0.02)
         for block in self.blocks:
@@ -311,9 +328,10 @@ class VideoMAR(nn.Module):
                 nn.init.zeros_(module.weight)
 
     def read_text(self, captions, null):
-        """Captions and null (batch,), True where the learned null replaces the text -> what `hidden` takes as text:
-        each layer's cross-attention keys and values (2, batch, head, word, d), and the mask (batch, 1, 1, word)."""
+        """Captions and null (batch,), True where the learned null replaces the text, as it does an empty one -> what
+        `hidden` takes: each layer's cross-attention keys and values (2, batch, head, word, d), the mask (batch, 1, 1, word)."""
         states, mask = self.text(captions)
+        null = null | torch.tensor([not c.strip() for c in captions], device=null.device)
         states = torch.where(null[:, None, None], self.null_text, states)
         states = self.text_in(states)
         return [block.read_text(states) for block in self.blocks], (mask | null[:, None])[:, None, None]
@@ -335,32 +353,45 @@ class VideoMAR(nn.Module):
             h, turn = h + absolute_code(positions, config.dim), None
         keys_values, text_mask = text
         for block, kv in zip(self.blocks, keys_values):
-            h = block(h, turn, kv, text_mask, n, cache, last_frame and block is self.blocks[-1])
+            run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block
+            h = run(h, turn, kv, text_mask, n, cache, last_frame and block is self.blocks[-1])
         return self.norm(h)
+
+    def draw_masked(self, batch, frames, n, t, device=None):
+        """The masking of eq. 4.1: frames before t stay whole, t is partly masked, later ones are wholly masked.
+
+        The masked tokens of frame t carry the loss: a random set of one size for each clip. With loss "total-mask"
+        (eq. 3.1) all frames are masked so, as one large picture. -> masked (batch, frames * n), True where [MASK]
+        stands, and the places of the tokens that carry the loss (batch, count).
+        """
+        first, last = (t * n, (t + 1) * n) if self.config.loss == "next-frame" else (0, frames * n)
+        count = math.ceil((last - first) * draw_mask_ratio(self.config.mask_ratio))
+        places = first + torch.rand(batch, last - first, device=device).argsort(1)[:, :count]
+        masked = torch.arange(frames * n, device=device).expand(batch, -1) >= last
+        return masked.scatter(1, places, True), places
 
     def forward(self, x, captions, t, cut=True):
         """Next-frame diffusion loss (paper eq. 4.1) of latents x (batch, T, h, w, C), with the loss on frame t.
 
-        Frames before t are whole, t is partly masked, later ones are wholly masked. Under frame-causal attention
-        nothing sees them, so the sequence is cut after t: the same loss and gradients for less work (ours).
-        With loss "total-mask" (eq. 3.1) all frames are masked at one ratio and t is ignored. -> scalar, float32.
+        One frame a pass: its [MASK] tokens would be later frames' context. Under frame-causal attention nothing sees the
+        frames after t, so the sequence is cut there: the same loss and gradients for less work (ours). With full attention
+        or total-mask it is not. t = 0 trains frame 0, from the text alone. -> scalar, float32.
         """
         config = self.config
         batch, frames, *grid, _ = x.shape
         n = grid[0] * grid[1]
         x = x.flatten(1, 3)  # (batch, frames * n, C)
-        first, last = (t * n, (t + 1) * n) if config.loss == "next-frame" else (0, frames * n)
         text = self.read_text(captions, torch.rand(batch, device=x.device) < config.text_drop)
-        count = math.ceil((last - first) * draw_mask_ratio(config.mask_ratio))
-        chosen = first + torch.rand(batch, last - first, device=x.device).argsort(1)[:, :count]  # a random set each
-        masked = torch.arange(x.shape[1], device=x.device).expand(batch, -1) >= last
-        masked = masked.scatter(1, chosen, True)
-        cut = cut and config.attention == "causal" and config.loss == "next-frame"
-        h = self.hidden(x[:, :last], masked[:, :last], text, grid, last_frame=True) if cut else self.hidden(x, masked, text, grid)[:, first:]
-        z = h.take_along_dim((chosen - first)[..., None], 1).flatten(0, 1)  # (batch * count, dim)
-        target = x.take_along_dim(chosen[..., None], 1).flatten(0, 1)
+        masked, places = self.draw_masked(batch, frames, n, t, x.device)
+        if cut and config.cuts:
+            end = (t + 1) * n
+            h = self.hidden(x[:, :end], masked[:, :end], text, grid, last_frame=True)
+            z = h.take_along_dim((places - t * n)[..., None], 1)
+        else:
+            z = self.hidden(x, masked, text, grid).take_along_dim(places[..., None], 1)  # (batch, count, dim)
+        target = x.take_along_dim(places[..., None], 1).flatten(0, 1)
         k = config.diffusion_repeats
-        return self.diffusion.loss(self.head, target.float().repeat(k, 1), z.repeat(k, 1)).mean()
+        return self.diffusion.loss(self.head, target.float().repeat(k, 1), z.flatten(0, 1).repeat(k, 1), config.snr_clip).mean()
 
 
 # --------------------------------------------------------------------------------------------------- schedules

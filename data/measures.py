@@ -26,24 +26,24 @@ def centres(mask):
     return np.where(area[..., None] > 0, np.stack([y, x], -1) / np.maximum(area, 1)[..., None], ((h - 1) / 2, (w - 1) / 2))
 
 
-def shape_in(mask, r, angle):
-    """The shape whose outline, of radius r (pixels) and turned by angle, laid on the mask's centre, overlaps it best."""
+def shape_in(mask, radii, angle):
+    """The shape whose outline, of one of the radii (pixels) and turned by angle, laid on the mask's centre, overlaps it best."""
     cy, cx = centres(mask)
     y, x = np.mgrid[:mask.shape[0], :mask.shape[1]]
     best = {}
     for shape in world.SHAPES:
-        for dy, dx in np.mgrid[-2:3, -2:3].reshape(2, -1).T:  # a shape's centre of mass is not its centre
+        for dy, dx, r in [(*d, r) for d in np.mgrid[-2:3, -2:3].reshape(2, -1).T for r in radii]:  # a shape's centre of mass is not its centre
             u, v = (x - cx - dx) / r, (y - cy - dy) / r
             ink = world.distance(shape, u * np.cos(angle) + v * np.sin(angle), v * np.cos(angle) - u * np.sin(angle)) < 0
             best[shape] = max(best.get(shape, 0.0), (ink & mask).sum() / max(1, (ink | mask).sum()))
     return max(best, key=best.get)
 
 
-def measure(video, truth, scene):
+def measure(video, truth, scene, first=1):
     """A clip against the true one, both uint8 (frames, H, W, 3) -> what NAMES says, float (6,).
 
     shape, colour: share of the sprites that have theirs in the last frame. motion_error: pixels between a sprite's
-    centre and the true one, mean over frames after the first. background: PSNR in dB where no sprite is in either clip.
+    centre and the true one, mean over frames from `first` on. background: PSNR in dB where no sprite is in either clip.
     smoothness: mean change from frame to frame, over the truth's; 1 is as smooth. dynamic_degree: length of the path
     of the sprites' centres, over the truth's, nan if nothing moves; 0 is standing still.
     """
@@ -53,12 +53,12 @@ def measure(video, truth, scene):
     for s, mask in zip(scene.sprites, mine[:, -1]):
         *_, r, angle = world.path(s, frames, h, w)
         ink = np.median(video[-1][mask], 0) if mask.any() else None
-        shapes.append(ink is not None and shape_in(mask, r[-1] * min(h, w), angle[-1]) == s.shape)
+        shapes.append(ink is not None and shape_in(mask, [r[-1] * min(h, w)], angle[-1]) == s.shape)
         colours.append(ink is not None and min(world.COLOURS, key=lambda c: ((ink - world.COLOURS[c]) ** 2).sum()) == s.colour)
     a, b = centres(mine), centres(theirs)  # (sprite, frames, 2)
     path = lambda c: np.hypot(*np.diff(c[:, ::4], axis=1).T).sum()  # every fourth frame: less of the read-out's trembling
     bare = ~(mine | theirs).any(0)
     error = ((video[bare].astype(np.float32) - truth[bare]) ** 2).mean()
     change = lambda v: np.abs(np.diff(v.astype(np.float32), axis=0)).mean()
-    return np.array([np.mean(shapes), np.mean(colours), np.hypot(*(a - b)[:, 1:].T).mean(), 10 * np.log10(255**2 / max(error, 0.65)),
+    return np.array([np.mean(shapes), np.mean(colours), np.hypot(*(a - b)[:, first:].T).mean(), 10 * np.log10(255**2 / max(error, 0.65)),
                      change(video) / change(truth) if change(truth) else np.nan, path(a) / path(b) if path(b) > 2 else np.nan])

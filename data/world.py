@@ -6,7 +6,7 @@ rates, so that the first picture and the caption determine every later frame. Le
     python data/world.py            writes a few clips as GIF + .txt into out/world
 """
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ class Sprite:
     x: float  # centre in frame 0
     y: float
     r: float
+    then: tuple = ()  # (pixel frame from which on, motion), for a sprite that changes its mind
 
     def held_out(self):
         """One in ten (shape, colour, motion) combinations, spread evenly over each of the three."""
@@ -43,7 +44,8 @@ class Scene:
     angle: float  # direction in which the gradient gets lighter, radians
 
     def caption(self):
-        what = " and ".join(f"{'an' if s.colour[0] in 'aeiou' else 'a'} {s.colour} {s.shape} {s.motion}" for s in self.sprites)
+        """Says the later motion of a sprite that changes it."""
+        what = " and ".join(f"{'an' if s.colour[0] in 'aeiou' else 'a'} {s.colour} {s.shape} {(s.then or (0, s.motion))[1]}" for s in self.sprites)
         return f"{what} on {'an' if self.background[0] in 'aeiou' else 'a'} {self.background} background"
 
 
@@ -93,6 +95,14 @@ def distance(shape, u, v):
 
 def path(sprite, frames, height, width):
     """Where a sprite is: centre x, y and radius r in short sides, angle in radians, each (frames,)."""
+    if sprite.then:
+        at, motion = sprite.then
+        before = path(replace(sprite, then=()), at + 1, height, width)
+        x, y, r, angle = (v[-1] for v in before)
+        after = path(Sprite(sprite.shape, sprite.colour, motion, x, y, r), frames, height, width)
+        joined = [np.concatenate([b[:-1], a])[:frames] for b, a in zip(before, after)]
+        joined[3][at:] += angle
+        return joined
     f = np.arange(frames, dtype=np.float32)
     r = np.full(frames, sprite.r, np.float32)
     if sprite.motion == "grows":
@@ -138,9 +148,24 @@ def render(scene, frames, height, width):
     return video[:, pad:-pad, pad:-pad]
 
 
-def clip(seed, frames=25, height=64, width=64, held_out=False):
-    """-> video uint8 (frames, height, width, 3), caption. The same arguments give the same clip."""
+def turned(scene, seed, last):
+    """The scene with new motions from a frame in 1..last on, which the caption then tells (ours, for `sample.py --then`)."""
+    rng = np.random.default_rng((seed, 2))
+    at = int(rng.integers(1, last + 1))
+    for s in scene.sprites:
+        kind = s.held_out()
+        new = [m for m in MOTIONS if m != s.motion and replace(s, motion=m).held_out() == kind]
+        s.then = at, new[rng.integers(len(new))]
+    return scene
+
+
+def clip(seed, frames=25, height=64, width=64, held_out=False, turn=0):
+    """-> video uint8 (frames, height, width, 3), caption. The same arguments give the same clip.
+
+    turn: with it, the motions of one clip in five change once, at a frame in 1..turn."""
     s = scene(seed, height, width, held_out)
+    if turn > 0 and seed % 5 == 0:
+        s = turned(s, seed, turn)
     return render(s, frames, height, width), s.caption()
 
 

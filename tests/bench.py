@@ -25,6 +25,7 @@ import torch  # noqa: E402
 import videomar  # noqa: E402
 from sample import generate  # noqa: E402
 from tokenizer import Words, check_options, check_size, choose_device, choose_dtype, parse_size, run  # noqa: E402
+from train import OPTIMISER, make_optimisers  # noqa: E402
 from videomar import PRESETS, Cache, Diffusion, VideoMAR, rope_angles, unmask_counts  # noqa: E402
 
 CAPTION = "a red cat moves left quickly and a blue star grows on a green background"
@@ -162,7 +163,7 @@ def bench_sample(a, model, device, grid, frames):
 def bench_train(a, model, device, grid, frames):
     c, n, batch = model.config, grid[0] * grid[1], a.batch or 2
     x, captions = torch.randn(batch, frames, *grid, c.channels, device=device), [CAPTION] * batch
-    optimiser = torch.optim.AdamW(model.parameters(), 1e-5, betas=(0.9, 0.95), weight_decay=0.02, fused=device.type in ("cuda", "cpu"))
+    optimisers = make_optimisers(model, OPTIMISER[a.preset], 1e-5, device.type in ("cuda", "cpu"))
     short = videomar.frame_causal_attention
 
     def step(t, cut):
@@ -170,8 +171,9 @@ def bench_train(a, model, device, grid, frames):
         with torch.autocast(device.type, a.dtype, enabled=a.dtype != torch.float32):
             model(x, captions, t, cut=cut).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
 
     ts = range(1, frames)
     times = in_turn([lambda t=t, cut=cut: step(t, cut) for t in ts for cut in (False, True)], device, a.repeats)

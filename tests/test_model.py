@@ -1,6 +1,5 @@
 """The properties of the method, each by a test that fails when the property is broken."""
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -289,10 +288,47 @@ def test_diffusion_loss_is_least_for_the_truth_and_its_mean_is_detached():
     assert bias.grad.item() == pytest.approx(0.6, rel=1e-3)  # of the square error alone
 
 
+def test_snr_clip_bounds_the_weight_of_an_error_of_x0():
+    """With an error e of x_0 the loss's square is SNR e^2 unclipped, and min(SNR, clip) e^2 clipped."""
+    d, x0, seen = Diffusion(), torch.zeros(3000, 1), []
+    abar = torch.tensor(float64_abar())
+
+    def net(x, timestep, z):
+        seen.append(timestep)
+        a = abar[timestep][:, None].float()
+        return torch.cat([(x - a.sqrt() * 0.1) / (1 - a).sqrt(), -torch.ones_like(x)], -1)  # as if x_0 were 0.1
+
+    losses = []
+    for clip in (math.inf, 2.0):
+        torch.manual_seed(0)
+        losses.append(d.loss(net, x0, torch.zeros(3000, 1), clip))
+    snr = abar[seen[0]] / (1 - abar[seen[0]])
+    want = (snr.clamp(max=2.0) - snr) * 0.01
+    assert torch.allclose(losses[1] - losses[0], want.float(), rtol=1e-2, atol=1e-3)
+
+
 def test_predicted_x0_is_clamped():
     wild = lambda x, timestep, z: torch.cat([torch.full_like(x, 3.0), torch.zeros_like(x)], -1)
     x = Diffusion(1000, 25).sample(wild, torch.zeros(8, 1), 4)
     assert x.abs().max() <= 4.0 and torch.isfinite(x).all()
+
+
+def test_head_is_the_adaln_mlp_written_plainly():
+    """Residual blocks x + gate MLP(norm(x) (1 + scale) + shift), modulated by the time's and the condition's sum."""
+    torch.manual_seed(0)
+    head = tiny_model().head
+    x, z, timestep = torch.randn(5, 16), torch.randn(5, TINY.dim), torch.tensor([0, 1, 50, 400, 999])
+    norm = lambda v: (v - v.mean(-1, keepdim=True)) / (v.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    for row in range(5):
+        waves = [fn(timestep[row].item() * 10000 ** (-i / 128)) for fn in (math.cos, math.sin) for i in range(128)]
+        c = head.time(torch.tensor(waves)) + head.condition(z[row])
+        c, h = c * torch.sigmoid(c), head.token(x[row])
+        for modulate, mlp in zip(head.modulate, head.mlps):
+            shift, scale, gate = modulate(c).view(3, -1)
+            h = h + gate * mlp(norm(h) * (1 + scale) + shift)
+        shift, scale = head.last_modulate(c).view(2, -1)
+        want = head.out(norm(h) * (1 + scale) + shift)
+        assert torch.allclose(head(x, timestep, z)[row], want, atol=1e-3)
 
 
 def test_head_and_schedule_stay_in_float32_under_autocast():
@@ -392,6 +428,34 @@ def test_total_mask_fills_all_frames_at_once(monkeypatch):
 def test_any_size_and_length(grid, frames):
     x = generate(tiny_model(), torch.randn(1, 1, *grid, 16), ["a cat"], frames)
     assert x.shape == (1, frames, *grid, 16) and torch.isfinite(x).all()
+
+
+def test_text_to_video_starts_from_nothing():
+    """Frame 0 is a frame like the others: filled from the text, then in the cache."""
+    model, nothing = tiny_model(), torch.zeros(2, 0, *GRID, 16)
+    make = lambda captions, **k: (torch.manual_seed(3), generate(model, nothing, captions, 3, **k))[1]
+    assert torch.allclose(make(CAPTIONS), make(CAPTIONS, use_cache=False), atol=1e-3)
+    assert (make(CAPTIONS)[:, 0] - make(CAPTIONS[::-1])[:, 0]).abs().amax((1, 2, 3)).min() > 1e-2
+
+
+def test_a_later_prompt_changes_later_frames_alone():
+    model = tiny_model()
+    make = lambda **k: (torch.manual_seed(3), generate(model, clip(1), CAPTIONS, 5, **k))[1]
+    plain, same, changed = make(), make(then={3: CAPTIONS}), make(then={3: CAPTIONS[::-1]})
+    assert torch.equal(plain, same) and torch.equal(plain[:, :3], changed[:, :3])
+    assert (plain[:, 3] - changed[:, 3]).abs().amax((1, 2, 3)).min() > 1e-2
+
+
+def test_editing_keeps_the_tokens_outside_bit_for_bit():
+    model, x = tiny_model(), clip(4)
+    keep = torch.tensor([[True, True, False], [True, False, False]])
+    edited = generate(model, x, CAPTIONS, 4, keep=keep)
+    assert torch.equal(edited[:, :, keep], x[:, :, keep])
+    assert (edited != x)[:, :, ~keep].all()
+    torch.manual_seed(3)
+    cached = generate(model, x, CAPTIONS, 4, keep=keep)
+    torch.manual_seed(3)
+    assert torch.allclose(cached, generate(model, x, CAPTIONS, 4, keep=keep, use_cache=False), atol=1e-3)
 
 
 def test_positions():

@@ -8,7 +8,8 @@ from test_train import run_train
 from torch import nn
 
 import train
-from tokenizer import Cosmos, Pretrained, draw, to_float
+from data.video import draw
+from tokenizer import Cosmos, Pretrained, to_float
 
 
 class Encoder(nn.Module):

@@ -5,7 +5,8 @@ import torch
 from conftest import ROOT, tiny_tokenizer
 
 from data import measures, world
-from tokenizer import DATA, Bad, Words, check_size, draw, load, pack, psnr, to_float, unpack
+from data.video import draw
+from tokenizer import DATA, Bad, Words, check_size, load, pack, psnr, to_float, unpack
 
 
 @pytest.mark.parametrize("stride, frames, size", [((4, 8, 8), 13, (24, 16)), ((8, 16, 16), 17, (32, 48))])
@@ -125,6 +126,22 @@ def test_sprites_bounce_and_stay_inside():
         assert (x - r > -1e-3).all() and (y - r > -1e-3).all() and (x + r < 1.5 + 1e-3).all() and (y + r < 1 + 1e-3).all()
     x = world.path(world.Sprite("circle", "red", "moves left quickly", 0.3, 0.6, 0.15), 40, 64, 64)[0]
     assert x.argmin() in range(3, 7) and x[-1] > x[8] > x.min()  # there and back
+
+
+def test_a_sprite_that_changes_its_motion():
+    """It goes on from where it is, and the caption tells the later motion."""
+    plain = world.Sprite("cat", "red", "moves left slowly", 0.5, 0.5, 0.15)
+    turned = world.replace(plain, then=(8, "moves up quickly"))
+    (x, y, *_), (x1, y1, *_) = world.path(plain, 20, 64, 64), world.path(turned, 20, 64, 64)
+    assert np.array_equal(x[:9], x1[:9]) and np.array_equal(y[:9], y1[:9])
+    assert np.allclose(x1[8:], x[8]) and np.allclose(np.diff(y1[8:12]), -0.03)
+    spins = world.replace(plain, motion="spins", then=(4, "grows"))
+    *_, r, angle = world.path(spins, 9, 64, 64)
+    assert np.allclose(angle[4:], angle[4]) and angle[4] > 0 and r[8] > r[4] == plain.r
+    for seed in range(10):
+        (a, before), (b, after) = world.clip(seed, 13), world.clip(seed, 13, turn=8)
+        assert (before != after) == (seed % 5 == 0) == (not np.array_equal(a, b)) and np.array_equal(a[:2], b[:2])
+    assert not any(world.replace(s, motion=s.then[1]).held_out() for s in world.turned(world.scene(5), 5, 8).sprites)
 
 
 def test_edges_are_anti_aliased():

@@ -2,11 +2,13 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import bench
 import pytest
 import torch
 from conftest import ROOT, script, tiny_model, tiny_tokenizer
@@ -99,7 +101,7 @@ def test_save_writes_beside_and_renames(folder, monkeypatch):
 
 def test_two_ranks_give_the_gradients_of_one_process(folder, tiny_files):
     """The same two parts of a batch, on two ranks or one after the other: the same first step."""
-    base = [*TINY[:2], "--frames", "9", "--steps", "2", "--batch", "4", "--dtype", "float32", "--device", "cpu",
+    base = [*TINY[:2], "--frames", "9", "--steps", "2", "--batch", "4", "--dtype", "float32", "--device", "cpu", "--optimiser", "adamw",
             "--tokenizer", tiny_files / "tokenizer.pt"]
     shrink = f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
@@ -119,18 +121,34 @@ train.run(train.main)
     assert alone.returncode == 0, alone.stderr[-2000:]
 
     def gradients(out):  # Adam's running mean: 0.1 of the last step's and 0.09 of the first's
-        state = torch.load(f"{out}/ckpt.pt", weights_only=True)["optimiser"]["state"]
+        state = torch.load(f"{out}/ckpt.pt", weights_only=True)["optimiser"][0]["state"]
         return torch.cat([state[i]["exp_avg"].flatten() for i in sorted(state)])
 
     assert (gradients("one") - gradients("two")).abs().max() < 1e-6
     assert (gradients("one") - gradients("alone")).abs().max() > 1e-4
+    # FSDP2's file is the file of a run that is not sharded, and either goes on from the other, on other ranks.
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "small.py"]
+    sharded = subprocess.run([*torchrun, *map(str, base), "--shard", "--recompute", "--out", "sharded"], capture_output=True, text=True, env=env, timeout=120)
+    assert sharded.returncode == 0, sharded.stderr[-2000:]
+    assert (gradients("one") - gradients("sharded")).abs().max() < 1e-6
+    whole, parts = torch.load("one/ckpt.pt", weights_only=True), torch.load("sharded/ckpt.pt", weights_only=True)
+    for key in ("model", "ema"):
+        assert whole[key].keys() == parts[key].keys() and all(torch.allclose(v, parts[key][k], atol=1e-6) for k, v in whole[key].items())
+    for out, command in (("one", [*torchrun, "--shard"]), ("sharded", [sys.executable, "small.py"])):
+        more = subprocess.run([*command, "--resume", "--steps", "3", "--out", out], capture_output=True, text=True, env=env, timeout=120)
+        assert more.returncode == 0, more.stderr[-2000:]
+    assert (gradients("one") - gradients("sharded")).abs().max() < 1e-6 and torch.load("one/ckpt.pt", weights_only=True)["step"] == 3
+    odd = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "small.py", "--resume", "--steps", "4",
+                          "--out", "one"], capture_output=True, text=True, env=env, timeout=120)
+    assert odd.returncode != 0 and "cannot share it evenly" in odd.stderr
 
 
 def test_batches_are_a_function_of_seed_step_and_part():
-    a, *_ = train.plan(["--batch", "4", "--size", "16x16"])
-    (whole, words), first, second = train.shard_batch(a, 3, 0, 1, 5), train.shard_batch(a, 3, 0, 2, 5), train.shard_batch(a, 3, 1, 2, 5)
+    a, *_, source, _ = train.plan(["--batch", "4", "--size", "16x16"])
+    part = lambda *args: train.part_of_batch(a, source, *args, 5)
+    (whole, words), first, second = part(3, 0, 1), part(3, 0, 2), part(3, 1, 2)
     assert torch.equal(whole, torch.cat([first[0], second[0]])) and words == first[1] + second[1]
-    assert not torch.equal(whole, train.shard_batch(a, 4, 0, 1, 5)[0])
+    assert not torch.equal(whole, part(4, 0, 1)[0])
 
 
 def test_every_part_of_every_step_has_draws_of_its_own(folder, monkeypatch, tiny_files):
@@ -140,6 +158,37 @@ def test_every_part_of_every_step_has_draws_of_its_own(folder, monkeypatch, tiny
     assert run_train(monkeypatch, *args, "--seed", 7) == 0
     steps = [s for s in seeds if s not in (0, 7)]  # those are of the models and the film strip
     assert len(steps) == len(set(steps)) == 4
+
+
+def test_one_step_in_some_trains_frame_0(folder, monkeypatch, tiny_files):
+    seen, real = [], videomar.VideoMAR.forward
+    monkeypatch.setattr(videomar.VideoMAR, "forward", lambda self, x, c, t, **k: seen.append((x.shape[1], t)) or real(self, x, c, t, **k))
+    args = ["--size", "16x16", "--frames", 9, "--steps", 12, "--batch", 2, "--tokenizer", tiny_files / "tokenizer.pt"]
+    for first in (0.5, 0):
+        seen.clear()
+        assert run_train(monkeypatch, *args, "--first", first) == 0
+        assert ((1, 0) in seen) == (first > 0) and {(2, 1), (3, 2)} <= set(seen)
+
+
+def test_the_plan_agrees_with_a_run(folder, monkeypatch, tiny_files, capsys):
+    """Bytes of parameters, gradients and state, with either optimiser."""
+    for optimiser in ("muon", "adamw"):
+        args = ["--size", "16x16", "--frames", 5, "--steps", 1, "--batch", 2, "--tokenizer", tiny_files / "tokenizer.pt", "--optimiser", optimiser]
+        assert run_train(monkeypatch, *args) == 0
+        state = torch.load("out/ckpt.pt", weights_only=True)
+        moments = sum(v.numel() for o in state["optimiser"] for values in o["state"].values() for v in values.values())
+        params = sum(v.numel() for v in state["ema"].values())
+        want = 4 * (moments + 3 * params)  # parameters, gradients, average
+        a, *_ = train.plan([*map(str, args)])
+        assert train.state_bytes(tiny_model(), a) == pytest.approx(want, rel=0.02)
+        capsys.readouterr()
+        assert run_train(monkeypatch, *args, "--plan", "--gpus", 4) == 0
+        out = capsys.readouterr().out
+        assert "days on 4 GPUs" in out
+    a, *_ = train.plan(["--preset", "paper", "--size", "256x256", "--frames", "25", "--steps", "1"])
+    train.show_plan(a, videomar.PRESETS["paper"])
+    flops = float(re.search(r"clips, (\S+) FLOPs a step", capsys.readouterr().out)[1])
+    assert flops == pytest.approx(sum(bench.train_flops(videomar.PRESETS["paper"], 1024, 7, t, 8, True) for t in range(1, 7)) / 6, rel=0.05)
 
 
 def test_rate():

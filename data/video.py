@@ -1,0 +1,350 @@
+"""Pictures and clips as files: reading and writing them, folders of your own to train on, and latents encoded once.
+
+Pillow reads what it can; .mp4, .webm and .mov go through av (pip install av).
+"""
+import csv
+import importlib.util
+import json
+import os
+import re
+import shutil
+import sys
+import warnings
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from data import world
+from tokenizer import DATA, Bad, check_size, pack, save, to_float, write
+
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+VIDEOS, MOVING = (".mp4", ".webm", ".mov", ".mkv"), (".gif", ".webp", ".apng")
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+def find(path):
+    """A bare name that is not in the current folder is looked up in data/."""
+    return DATA / path if not path.exists() and path.name == str(path) and (DATA / path).exists() else path
+
+
+def to_rgb(image):
+    """Any mode Pillow reads -> RGB, upright; transparency over white, 16 bits to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def read_csv(path, *columns):
+    """The rows of a csv that has these columns, none of them empty. Raises Bad."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as f:
+            rows = list(csv.DictReader(f, strict=True))
+        return [r for r in rows if all(r[c] is not None for c in columns)]
+    except (OSError, KeyError, ValueError, csv.Error) as e:
+        raise Bad(f"{path}: cannot be read ({type(e).__name__}); give a csv in UTF-8 whose first line is {','.join(columns)}") from None
+
+
+def need_av(what):
+    """The package av, or one line that says what to install."""
+    if importlib.util.find_spec("av") is None:
+        raise Bad(f"{what}: needs the package av: pip install av, or use .gif, .webp or .png")
+    import av
+    return av
+
+
+def timeline(path):
+    """When each picture of a clip appears, and when the last one goes, in seconds; pictures in a folder count as one a second."""
+    if path.is_dir():
+        return np.arange(len(stills(path))), len(stills(path))
+    if path.suffix.lower() in VIDEOS:
+        with need_av(path).open(str(path)) as file:
+            stream = file.streams.video[0]
+            at = sorted(float(p.pts * stream.time_base) for p in file.demux(stream) if p.pts is not None)
+        return np.array(at) - at[0], at[-1] - at[0] + float(1 / (stream.average_rate or 25))
+    with Image.open(path) as image:
+        spans = []
+        for i in range(getattr(image, "n_frames", 1)):
+            image.seek(i)
+            image.load()  # a WebP tells the duration only then
+            spans.append((image.info.get("duration") or 100) / 1000)
+    return np.cumsum([0, *spans[:-1]]), sum(spans)
+
+
+def stills(folder):
+    """The pictures in a folder, 2.png before 10.png."""
+    files = [f for f in folder.iterdir() if f.suffix.lower() in Image.registered_extensions()]
+    return sorted(files, key=lambda f: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", f.name)])
+
+
+def pictures(path, frames, fps, u):
+    """Yields the pictures that read_clip is of, full size."""
+    times, length = timeline(path)
+    count = int(length * fps + 1e-6) if fps else len(times)
+    if count < frames:
+        raise Bad(f"{path}: {count} frames, {frames} are needed; give a longer one or ask for fewer (--frames, --context)")
+    if fps:  # what is on the screen at these moments
+        chosen = np.searchsorted(times, u * (length - frames / fps) + np.arange(frames) / fps + 1e-6, side="right") - 1
+    else:
+        chosen = round(u * (count - frames)) + np.arange(frames)
+    if path.is_dir():
+        yield from (to_rgb(Image.open(stills(path)[i])) for i in chosen)
+    elif path.suffix.lower() in VIDEOS:
+        with need_av(path).open(str(path)) as file:
+            stream, at, k = file.streams.video[0], None, 0
+            file.seek(int((times[chosen[0]] + float((stream.start_time or 0) * stream.time_base)) / stream.time_base), stream=stream)  # or the key frame before
+            for frame in file.decode(stream):
+                at = frame.time - float((stream.start_time or 0) * stream.time_base)
+                while k < frames and at > times[chosen[k]] - 1e-6:
+                    yield frame.to_image()
+                    k += 1
+                if k == frames:
+                    return
+    else:
+        with Image.open(path) as image:
+            for i in chosen:
+                image.seek(i)
+                yield to_rgb(image)
+
+
+def read_clip(path, size, frames=1, fps=None, u=0.0):
+    """`frames` pictures of a file or of a folder of pictures, centre-cropped to the aspect of `size` (height, width) and
+    resized -> uint8 (frames, H, W, 3). fps: pictures a second, all of them by default; u in [0, 1]: where in the clip.
+    Raises Bad."""
+    try:
+        clip = [np.asarray(ImageOps.fit(p, (size[1], size[0]), Image.Resampling.LANCZOS)) for p in pictures(path, frames, fps, u)]
+        if len(clip) < frames:
+            raise EOFError  # the file ends before its own index does
+        return np.stack(clip)
+    except (Bad, MemoryError):
+        raise
+    except FileNotFoundError:
+        raise Bad(f"{path}: no such picture; give the path of one, or the bare name of one in {DATA}") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise Bad(f"{path}: too many pixels for a picture (a decompression bomb?); scale it below 89 million") from None
+    except Exception as e:
+        raise Bad(f"{path}: cannot be read as a picture or a clip ({type(e).__name__}); give a PNG, JPEG, GIF, WebP or MP4") from None
+
+
+# ---------------------------------------------------------------------------------------------- clips to train on
+def draw(seeds, frames, size, held_out=False, turn=0):
+    """Clips of the drawn world -> video uint8 (batch, frames, H, W, 3), captions. turn: see world.clip."""
+    clips, captions = zip(*(world.clip(s, frames, *size, held_out, turn) for s in seeds))
+    return torch.from_numpy(np.stack(clips)), list(captions)
+
+
+class World:
+    """What the training loop asks of clips: `batch`, a function of the seeds; `held_out`, some for the film strips; `about`, a
+    line for the plan; and what was `skipped`. Here of the drawn world."""
+
+    def __init__(self):
+        self.about, self.skipped = "drawn world", {}
+
+    def batch(self, seeds, frames, size, turn=0):
+        return draw(seeds, frames, size, turn=turn)
+
+    def held_out(self, count, frames, size):
+        return draw(range(count), frames, size, held_out=True)
+
+
+class Folder(World):
+    """Clips below a folder: videos, .gif, .webp, .apng, folders of pictures. Captions are in NAME.txt beside NAME, or in a
+    metadata.csv with file_name,text (Hugging Face's convention). What cannot be used is skipped, with one warning."""
+
+    def __init__(self, folder, fps=None):
+        self.folder, self.fps, self.skipped, self.clips = folder, fps, {}, []
+        told = {r["file_name"]: r["text"] for r in read_csv(folder / "metadata.csv", "file_name", "text")} if (folder / "metadata.csv").is_file() else {}
+        for parent, folders, files in os.walk(folder):
+            folders.sort()
+            names = sorted(n for n in files if Path(n).suffix.lower() in VIDEOS + MOVING)
+            alone = not names and Path(parent) != folder and any(Path(n).suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp") for n in files)
+            for path in [Path(parent)] if alone else [Path(parent, n) for n in names]:
+                note = path.parent / f"{path.name if path.is_dir() else path.stem}.txt"
+                text = told.get(str(path.relative_to(folder)))
+                self.clips.append((path, text if text is not None else note.read_text(errors="replace").strip() if note.is_file() else ""))
+        if not self.clips:
+            raise Bad(f"--data {folder}: nothing to train on; looked for {', '.join(VIDEOS + MOVING)} and folders of pictures")
+        some = self.clips[:100]
+        frames = round(sum(map(self.count, some)) * len(self.clips) / len(some))
+        self.about = f"{folder}: {len(self.clips)} clips, {'about ' * (len(self.clips) > 100)}{frames} frames, {sum(bool(c) for _, c in self.clips)} captions"
+
+    def count(self, clip):
+        try:
+            return len(timeline(clip[0])[0])
+        except Bad:
+            raise
+        except Exception:  # told when it is to be read
+            return 0
+
+    def read(self, i, frames, size, u):
+        """Clip i and its caption, or None if it cannot be used."""
+        path, caption = self.clips[i]
+        try:
+            return read_clip(path, size, frames, self.fps, u), caption
+        except Bad as e:
+            if "package av" in str(e):
+                raise
+            if path not in self.skipped:
+                self.skipped[path] = str(e)
+                tqdm.write(f"warning: skipped {str(e).split(';')[0]}", sys.stderr)
+
+    def batch(self, seeds, frames, size, turn=0):
+        """Which clip and where in it: a function of the seed, for any number of workers. Raises Bad if none can be used."""
+        out = []
+        for seed in seeds:
+            draws = np.random.default_rng((seed, 1))
+            tries = (self.read(int(draws.integers(len(self.clips))), frames, size, draws.random()) for _ in range(20 + 20 * len(self.clips)))
+            out.append(next((clip for clip in tries if clip), None) or self.nothing())
+        clips, captions = zip(*out)
+        return torch.from_numpy(np.stack(clips)), list(captions)
+
+    def held_out(self, count, frames, size):
+        """Not held out in truth: some draws that training does not come to."""
+        return self.batch(range(2**62, 2**62 + count), frames, size)
+
+    def nothing(self):
+        raise Bad(f"{self.folder}: none of its {len(self.clips)} clips can be used; the first: {next(iter(self.skipped.values()), '')}")
+
+
+class Caption(str):
+    """A caption with its states: `Pretrained` need not make them."""
+
+
+class Latents(World):
+    """What `encode` wrote. Shards are memory-mapped, a few at a time: memory does not grow with the set."""
+
+    def __init__(self, folder):
+        self.folder, self.skipped = folder, {}
+        try:
+            self.meta = json.loads((folder / "latents.json").read_text())
+            self.ends, self.size, self.frames = np.cumsum(self.meta["clips"]), tuple(self.meta["size"]), self.meta["frames"]
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise Bad(f"--data {folder}: its latents.json is missing or damaged ({type(e).__name__}); run tokenizer.py --encode again") from None
+        self.about = f"{folder}: {self.ends[-1]} clips of latents, {self.frames} frames {'x'.join(map(str, self.size))}"
+        self.shard = lru_cache(32)(self.open)
+
+    def open(self, i):
+        try:
+            return [np.load(self.folder / f"{kind}-{i:05d}.npy", mmap_mode="r") for kind in ("latents", "captions", *(("text", "words") if self.meta["text"] else ()))]
+        except (OSError, ValueError) as e:
+            raise Bad(f"--data {self.folder}: shard {i} is missing or damaged ({type(e).__name__}); remove its files and run tokenizer.py --encode again") from None
+
+    def batch(self, seeds, frames, size, turn=0):
+        """-> latents float32 (batch, T, h, w, C), captions, which carry the states of the text if there are any."""
+        out, captions = [], []
+        for seed in seeds:
+            i = int(np.random.default_rng((seed, 1)).integers(self.ends[-1]))
+            k = int(np.searchsorted(self.ends, i, side="right"))
+            row = i - int(self.ends[k]) + self.meta["clips"][k]
+            latents, words, *text = self.shard(k)
+            out.append(torch.from_numpy(latents[row, :1 + (frames - 1) // self.meta["stride"][0]].astype(np.float32)))
+            captions.append(Caption(bytes(words[row]).decode(errors="replace")))
+            if text:
+                captions[-1].states = torch.from_numpy(text[0][row, :text[1][row]].copy())
+        return torch.stack(out), captions
+
+    held_out = Folder.held_out
+
+
+def open_data(path, fps=None):
+    """--data: None, a folder of clips, or one of latents -> World, Folder or Latents. Raises Bad."""
+    if path is None:
+        return World()
+    if not path.is_dir():
+        raise Bad(f"--data {path}: no such folder; give one with clips, or one written by tokenizer.py --encode")
+    return Latents(path) if any((path / name).exists() for name in ("latents.json", "plan.json")) else Folder(path, fps)
+
+
+def encode(folder, out, tokenizer, frames, size, fps, device, text=None, each=256):
+    """Latents of the clips below `folder`, once: float16 shards of `each` clips, captions, states of the text.
+
+    A whole shard is never redone: a run that was killed goes on, and the ranks of torchrun share the shards."""
+    source = Folder(folder, fps)
+    print(source.about, flush=True)
+    check_size(tokenizer.stride, frames, *size)
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    shards, plan, packed = range(-(-len(source.clips) // each)), out / "plan.json", pack(tokenizer)
+    listed = zlib.crc32(repr([(str(p.relative_to(folder)), c) for p, c in source.clips]).encode(errors="replace"))
+    weights = zlib.crc32(b"".join(v.numpy().tobytes() for v in packed.get("state", {}).values()))
+    meta = {"stride": list(tokenizer.stride), "frames": frames, "size": list(size), "fps": fps, "text": getattr(text, "name", None), "each": each,
+            "listed": listed, "tokenizer": weights}
+    if plan.exists() and json.loads(plan.read_text()) != meta:
+        raise Bad(f"--out {out}: holds latents of other clips, settings or tokenizer; choose another folder, or remove it")
+    if not plan.exists():
+        save({"kind": "latents", "tokenizer": packed}, out / "tokenizer.pt")
+        write(plan, lambda part: part.write_text(json.dumps(meta)))
+
+    def put(kind, i, array):
+        write(out / f"{kind}-{i:05d}.npy", lambda part: np.save(part, array))
+
+    there = lambda i: (out / f"latents-{i:05d}.npy").exists()
+    for i in tqdm([i for i in shards if i % ranks == rank and not there(i)], "shards", disable=rank > 0):
+        latents, captions, states = [], [], []
+        for j in range(i * each, min((i + 1) * each, len(source.clips))):
+            if clip := source.read(j, frames, size, 0.5):
+                with torch.inference_mode():
+                    latents.append(tokenizer.encode(to_float(torch.from_numpy(clip[0][None])).to(device))[0].cpu().numpy().astype(np.float16))
+                    states.append(text.one(clip[1]).float().numpy().astype(np.float16) if text else np.zeros((1, 1)))
+                captions.append(clip[1].encode())
+        if text:
+            lengths = np.array([len(s) for s in states], np.int32)
+            put("words", i, lengths)
+            put("text", i, np.stack([np.pad(s, ((0, lengths.max() - len(s)), (0, 0))) for s in states]) if states else np.zeros((0,)))
+        put("captions", i, np.array(captions or [b""]))
+        put("latents", i, np.stack(latents) if latents else np.zeros((0,)))  # last: a shard with it is whole
+    if all(map(there, shards)):  # true for the rank that ends last
+        clips = [len(np.load(out / f"latents-{i:05d}.npy", mmap_mode="r")) for i in shards]
+        if not sum(clips):
+            shutil.rmtree(out)
+            source.nothing()
+        write(out / "latents.json", lambda part: part.write_text(json.dumps({**meta, "clips": clips})))
+    return source
+
+
+# ------------------------------------------------------------------------------------------------------ writing
+def to_uint8(video):
+    """(3, frames, H, W) in [-1, 1] -> numpy uint8 (frames, H, W, 3)."""
+    return ((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
+
+
+def enlarge(video, scale):
+    return video.repeat(scale, 1).repeat(scale, 2)
+
+
+def write_strip(path, rows, every):
+    """A film strip: one row per clip (uint8 frames), one picture per latent frame."""
+    write(path, lambda part: Image.fromarray(np.concatenate([np.concatenate(list(r[::every]), 1) for r in rows])).save(part))
+
+
+def write_mp4(path, video, fps):
+    av = need_av(path)
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=round(fps))
+        stream.width, stream.height, stream.pix_fmt = video.shape[2], video.shape[1], "yuv420p"
+        for frame in video:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        out.mux(stream.encode())
+
+
+def write_video(path, video, fps):
+    """uint8 (frames, H, W, 3) as .gif, .webp, .png (animated), .mp4 (needs av), or without an ending a folder."""
+    first, *rest = map(Image.fromarray, video)
+    options = dict(save_all=True, append_images=rest, duration=1000 / fps, loop=0)
+
+    def save(part):
+        if path.suffix == "":
+            part.mkdir()
+            for i, frame in enumerate(video):
+                Image.fromarray(frame).save(part / f"{i:04d}.png")
+        elif path.suffix == ".mp4":
+            write_mp4(part, video, fps)
+        else:
+            first.save(part, **options, **({"lossless": True} if path.suffix == ".webp" else {}))
+    write(path, save)

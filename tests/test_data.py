@@ -1,0 +1,286 @@
+"""Your own clips: every kind of file, captions, what cannot be used, latents encoded once, and training on all of it."""
+import csv
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, script, tiny_tokenizer
+from PIL import Image
+from test_cli import call
+from test_train import params, run_train, same
+
+import tokenizer as tokenizer_module
+from data import world
+from data.video import Folder, Latents, encode, open_data, read_clip, write_video
+from tokenizer import Bad
+
+HAS_AV = importlib.util.find_spec("av") is not None
+SIZE = (16, 24)
+
+
+def fill(folder, n=4, frames=9):
+    """A folder of n drawn clips, a .gif with .txt, a .webp in metadata.csv, a folder of pictures, and so on in turn."""
+    folder.mkdir()
+    rows = []
+    for i in range(n):
+        video, caption = world.clip(i, frames, *SIZE)
+        kind = (".gif", ".webp", "", ".png")[i % 4]
+        name = f"clip{i}{kind}"
+        write_video(folder / name, video, 10)
+        if kind == ".png":  # animated: under the ending that says so
+            os.rename(folder / name, folder / f"clip{i}.apng")
+        if kind == ".webp":
+            rows.append((name, caption))
+        else:
+            (folder / f"clip{i}.txt").write_text(caption + "\n")
+    with (folder / "metadata.csv").open("w", newline="") as f:
+        csv.writer(f).writerows([("\ufefffile_name", "text"), *rows])  # as Excel writes it
+    return folder
+
+
+def test_a_folder_of_clips(folder, capsys):
+    source = Folder(fill(folder / "clips"))
+    assert "4 clips, 36 frames, 4 captions" in source.about
+    truth = {caption: video for video, caption in (world.clip(i, 9, *SIZE) for i in range(4))}
+    video, captions = source.batch(range(24), 9, SIZE)
+    assert video.shape == (24, 9, *SIZE, 3) and video.dtype == torch.uint8 and set(captions) == set(truth)
+    for clip, caption in zip(video.numpy(), captions):
+        assert abs(clip.astype(int) - truth[caption]).mean() < 6  # a GIF has 256 colours
+    assert all(torch.equal(a, b) for a, b in zip(source.batch([7], 9, SIZE)[0], Folder(folder / "clips").batch([7], 9, SIZE)[0]))
+    starts = {next(i for i in range(5) if abs(clip[0].astype(int) - truth[caption][i]).mean() < 3)
+              for clip, caption in zip(source.batch(range(60), 5, SIZE)[0].numpy(), source.batch(range(60), 5, SIZE)[1]) if "clip" and np.ptp(truth[caption], 0).any()}
+    assert len(starts) > 2  # clips start anywhere
+
+
+def test_frame_rate_and_crop(folder):
+    video = np.arange(20, dtype=np.uint8)[:, None, None, None] * 10 + np.zeros((20, 30, 20, 3), np.uint8)
+    video[:, :, 0] = 255  # cropped away: 20 wide and 30 high to a square
+    video[:, :4] = 255
+    write_video(folder / "a.webp", video, 10)
+    clip = read_clip(folder / "a.webp", (10, 10), 4, fps=5)
+    assert clip[:, 5, 5, 0].tolist() == [0, 20, 40, 60]
+    assert read_clip(folder / "a.webp", (10, 10), 4, fps=5, u=1.0)[:, 5, 5, 0].tolist() == [120, 140, 160, 180]
+    write_video(folder / "b.webp", video, 30)  # the rate is the file's
+    assert read_clip(folder / "b.webp", (10, 10), 4, fps=10)[:, 5, 5, 0].tolist() == [0, 30, 60, 90]
+    (folder / "stills").mkdir()
+    for i in (0, 1, 2, 10):
+        Image.fromarray(video[i]).save(folder / f"stills/{i}.png")
+    assert read_clip(folder / "stills", (10, 10), 4)[:, 5, 5, 0].tolist() == [0, 10, 20, 100]
+    assert (clip[0, 0] == 0).any() and read_clip(folder / "a.webp", (10, 10), 20).shape == (20, 10, 10, 3)
+    with pytest.raises(Bad, match="10 frames, 11 are needed"):
+        read_clip(folder / "a.webp", (10, 10), 11, fps=5)
+
+
+@pytest.mark.skipif(not HAS_AV, reason="needs av")
+def test_mp4(folder):
+    video = np.stack([np.full((32, 32, 3), 8 * i, np.uint8) for i in range(25)])
+    (folder / "clips").mkdir()
+    write_video(folder / "clips/a.mp4", video, 10)
+    got = read_clip(folder / "clips/a.mp4", (32, 32), 25)
+    assert abs(got.astype(int) - video).max() < 6
+    got = read_clip(folder / "clips/a.mp4", (32, 32), 5, fps=5, u=0.5)[:, 16, 16, 0].astype(int)
+    assert abs(np.diff(got) - 16).max() <= 4 and 40 < got[0] < 90
+    assert "1 clips, 25 frames" in Folder(folder / "clips").about
+    with pytest.raises(Bad, match="26 are needed"):
+        read_clip(folder / "clips/a.mp4", (32, 32), 26)
+
+
+@pytest.mark.skipif(HAS_AV, reason="av is there")
+def test_mp4_names_the_missing_package(folder):
+    (folder / "clips").mkdir()
+    (folder / "clips/a.mp4").write_bytes(b"x")
+    with pytest.raises(Bad, match="pip install av"):
+        Folder(folder / "clips")
+
+
+def test_what_cannot_be_used_is_skipped_once_and_counted(folder, capsys):
+    fill(folder / "clips")
+    (folder / "clips/broken.gif").write_bytes(b"GIF89a nothing more")
+    write_video(folder / "clips/short.gif", np.zeros((3, *SIZE, 3), np.uint8), 10)
+    source = Folder(folder / "clips")
+    source.batch(range(60), 9, SIZE)
+    err = capsys.readouterr().err
+    assert err.count("broken.gif") == 1 and err.count("short.gif: ") == 1 and len(source.skipped) == 2
+    clean = Folder(folder / "clips").batch(range(20), 9, SIZE)
+    assert torch.equal(clean[0], source.batch(range(20), 9, SIZE)[0])  # known as bad or not: the same clips
+    for path in (folder / "clips").iterdir():
+        if path.suffix in (".gif", ".webp", ".apng") and path.name != "short.gif":
+            path.unlink()
+    source = Folder(folder / "clips")
+    source.clips = [c for c in source.clips if c[0].name == "short.gif"]
+    with pytest.raises(Bad, match="none of its 1 clips"):
+        source.batch([0], 9, SIZE)
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--data", "nowhere"], ["nowhere", "no such folder"]),
+    (["--data", "empty"], ["empty", "nothing to train on", ".mp4"]),
+    (["--data", "latents"], ["latents.json", "damaged"]),
+    (["--encode", "empty"], ["empty", "nothing to train on"]),
+    (["--encode", "clips", "--tokenizer", "nowhere.pt"], ["nowhere.pt", "no such file"]),
+    (["--encode", "clips", "--frames", "25"], ["none of its 1 clips", "9 frames, 25 are needed"]),
+])
+def test_bad_folders(folder, monkeypatch, capsys, args, words):
+    import train
+    (folder / "empty").mkdir()
+    fill(folder / "clips", 1)
+    (folder / "latents").mkdir()
+    (folder / "latents/latents.json").write_text("{")
+    module = tokenizer_module if "--encode" in args else train
+    code, _, err = call(monkeypatch, capsys, *args, "--size", "16x24", module=module)
+    assert code == 2 and all(w in err for w in words) and "Traceback" not in err, err
+
+
+def test_training_on_clips_is_exact_for_any_workers_and_resumes(folder, monkeypatch, tiny_files, capsys):
+    fill(folder / "clips")
+    args = ["--data", "clips", "--size", "16x24", "--frames", "5,9", "--batch", 2, "--dtype", "float32", "--device", "cpu",
+            "--tokenizer", tiny_files / "tokenizer.pt", "--steps", 3, "--save-every", 2]
+    assert run_train(monkeypatch, *args, "--out", "a", "--workers", 0) == 0
+    assert "clips: 4 clips, 36 frames, 4 captions" in capsys.readouterr().out
+    assert run_train(monkeypatch, *args, "--out", "b", "--workers", 3) == 0
+    assert same(params("a/ckpt.pt"), params("b/ckpt.pt"))
+    half = torch.load("a/ckpt.pt", weights_only=True)
+    assert half["args"]["data"] == str(folder / "clips")  # from whatever folder it is resumed
+    assert run_train(monkeypatch, "--resume", "--out", "a", "--steps", "3,5") == 0  # goes on, with the same clips
+
+
+def test_latents_once(folder, monkeypatch, tiny_files, capsys):
+    """Encoded, killed, gone on, shared by two ranks: the same shards; and training from them is training on the clips."""
+    fill(folder / "clips", 8)
+    (folder / "clips/broken.gif").write_bytes(b"GIF89a")
+    net = tiny_tokenizer()
+    encode(folder / "clips", folder / "whole", net, 9, SIZE, None, "cpu", each=3)
+    shards = sorted(p.name for p in (folder / "whole").glob("latents-*"))
+    assert len(shards) == 3 and json.loads((folder / "whole/latents.json").read_text())["clips"] == [2, 3, 3]  # the broken one sorts first
+    encode(folder / "clips", folder / "parts", net, 9, SIZE, None, "cpu", each=3)
+    os.remove(folder / "parts/latents-00001.npy")  # killed before this shard was whole
+    os.remove(folder / "parts/latents.json")
+    before = os.stat(folder / "parts/latents-00000.npy").st_mtime_ns
+    encode(folder / "clips", folder / "parts", net, 9, SIZE, None, "cpu", each=3)
+    assert os.stat(folder / "parts/latents-00000.npy").st_mtime_ns == before  # not redone
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        encode(folder / "clips", folder / "ranks", net, 9, SIZE, None, "cpu", each=3)
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    for name in sorted(os.listdir("whole")):
+        if name.endswith(".npy") or name == "latents.json":
+            for other in ("parts", "ranks"):
+                assert (folder / "whole" / name).read_bytes() == (folder / other / name).read_bytes()
+    with pytest.raises(Bad, match="other clips, settings"):
+        encode(folder / "clips", folder / "whole", net, 5, SIZE, None, "cpu", each=3)
+    latents, captions = Latents(folder / "whole").batch(range(30), 9, SIZE)
+    assert latents.shape == (30, 3, 2, 3, 16)
+    truth = {c: v for v, c in (world.clip(i, 9, *SIZE) for i in range(8))}
+    assert set(captions) == set(truth)
+    with torch.no_grad():
+        want = net.encode(tokenizer_module.to_float(torch.from_numpy(truth[captions[0]][None])))
+    assert (latents[0] - want[0]).abs().mean() < 0.3
+    assert torch.equal(Latents(folder / "whole").batch(range(30), 5, SIZE)[0], latents[:, :2])
+    assert run_train(monkeypatch, "--data", "whole", "--size", "16x24", "--frames", 9, "--steps", 2, "--batch", 2, "--out", "run") == 0
+    assert "8 clips of latents" in capsys.readouterr().out and (folder / "run/stage1-9.png").exists()
+    code, _, err = call(monkeypatch, capsys, "--data", "whole", "--size", "16x24", "--frames", 13, module=__import__("train"))
+    assert code == 2 and "9 frames 16x24" in err
+
+
+def test_latents_of_other_clips_are_not_mixed(folder, monkeypatch):
+    """Another tokenizer, another caption: nothing of it goes beside what is there. A shard that is lost is told."""
+    fill(folder / "clips", 2)
+    encode(folder / "clips", folder / "latents", tiny_tokenizer(), 9, SIZE, None, "cpu")
+    other = tiny_tokenizer()
+    other.encoder[0].weight.data += 1
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in (folder / "latents").iterdir())
+    with pytest.raises(Bad, match="other clips"):
+        encode(folder / "clips", folder / "latents", other, 9, SIZE, None, "cpu")
+    (folder / "clips/clip0.txt").write_text("else")
+    with pytest.raises(Bad, match="other clips"):
+        encode(folder / "clips", folder / "latents", tiny_tokenizer(), 9, SIZE, None, "cpu")
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in (folder / "latents").iterdir()) == before
+    source = Latents(folder / "latents")
+    os.remove("latents/latents-00000.npy")
+    with pytest.raises(Bad, match="shard 0 is missing"):
+        source.batch([0], 9, SIZE)
+    os.remove("latents/latents.json")
+    with pytest.raises(Bad, match="encode again"):
+        open_data(folder / "latents")
+
+
+def test_states_of_the_text_are_those_of_training(folder):
+    """Encoded once, in half precision, and read again: what the encoder says of the caption."""
+    class Encoder:
+        name = "some"
+        def one(self, caption):
+            return torch.randn(len(caption.split()), 8, generator=torch.Generator().manual_seed(len(caption))).bfloat16()
+    fill(folder / "clips", 4)
+    encode(folder / "clips", folder / "latents", tiny_tokenizer(), 9, SIZE, None, "cpu", Encoder())
+    for caption in Latents(folder / "latents").batch(range(9), 9, SIZE)[1]:
+        assert torch.equal(caption.states, Encoder().one(caption).half())
+
+
+def test_encode_from_the_command_line(folder, tiny_files):
+    fill(folder / "clips", 2)
+    done = script("tokenizer.py", "--encode", "clips", "--out", "latents", "--size", "16x24", "--frames", 9, "--tokenizer", tiny_files / "tokenizer.pt")
+    assert done.returncode == 0, done.stderr
+    assert "2 clips" in done.stdout and len(Latents(folder / "latents").batch([0, 1], 9, SIZE)[1]) == 2
+
+
+def test_half_a_million_clips_need_no_memory_and_no_index(folder):
+    """100,000 tiny ones in 100 shards, 400 MB: opened at once, and batches from all over leave memory where it was."""
+    (folder / "big").mkdir()
+    for i in range(100):
+        shard = np.lib.format.open_memmap(folder / f"big/latents-{i:05d}.npy", "w+", np.float16, (1000, 2, 8, 8, 16))
+        shard[::10, 0, 0, 0, 0] = i + 1  # the rest is holes, on the disk too
+        shard.flush()
+        np.save(folder / f"big/captions-{i:05d}.npy", np.array([f"clip {i} {j}".encode() for j in range(1000)]))
+    (folder / "big/latents.json").write_text(json.dumps({"stride": [4, 8, 8], "frames": 5, "size": [64, 64], "text": None, "clips": [1000] * 100}))
+    code = f"""
+import sys, resource; sys.path.insert(0, {str(ROOT)!r})
+from data.video import open_data
+from pathlib import Path
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+source = open_data(Path("big"))
+seen = set()
+for step in range(100):
+    latents, captions = source.batch(range(step * 64, step * 64 + 64), 5, (64, 64))
+    for caption, x in zip(captions, latents):
+        _, shard, row = caption.split()
+        assert x[0, 0, 0, 0] == (int(shard) + 1 if int(row) % 10 == 0 else 0)
+    seen.update(captions)
+print(len(seen), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seen, grown = map(int, done.stdout.split())
+    assert seen > 6000 and grown < 100_000  # kB
+
+
+@pytest.mark.skipif(not HAS_AV, reason="needs av")
+def test_a_list_of_prompts(folder, tiny_files, monkeypatch, capsys):
+    """VBench's names; what is there stays; a bad row is told at the end; two ranks make what one makes."""
+    Image.new("RGB", (24, 16), "red").save("a.png")
+    (folder / "list.csv").write_text('image,prompt\na.png,"a red cat, a/b"\nnowhere.png,lost\ncat.png,it moves\n')
+    args = ["--ckpt", tiny_files / "ckpt.pt", "--prompts", "list.csv", "--n", 5, "--scale", 2]
+    code, out, err = call(monkeypatch, capsys, *args, "--out", "one")
+    assert code == 2 and "nowhere.png: no such picture" in err and "wrote 10 clips" in out
+    assert sorted(os.listdir("one")) == sorted(f"{p}-{i}.mp4" for p in ("a red cat, a_b", "it moves") for i in range(5))
+    look = lambda where: {p.name: read_clip(p, (32, 48), 9).astype(int) for p in sorted((folder / where).iterdir())}
+    before = look("one")
+    apart = abs(before["it moves-3.mp4"] - before["it moves-4.mp4"]).mean()  # of two clips; an untrained model blows rounding up
+    alike = lambda a, b: a.keys() == b.keys() and all(abs(a[k] - b[k]).mean() < 0.5 * apart for k in a)
+    os.remove("one/it moves-3.mp4")
+    stamp = os.stat("one/it moves-4.mp4").st_mtime_ns
+    assert "wrote 1 clips" in call(monkeypatch, capsys, *args, "--out", "one")[1]
+    assert os.stat("one/it moves-4.mp4").st_mtime_ns == stamp and alike(look("one"), before)
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        call(monkeypatch, capsys, *args, "--out", "two")
+    assert alike(look("two"), before)
+    (folder / "list.csv").write_text("picture\nx\n")
+    assert "image,prompt" in call(monkeypatch, capsys, *args)[2]
