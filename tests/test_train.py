@@ -226,7 +226,7 @@ def test_scripts_on_tiny_settings(folder, tiny_files):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.strip().split("\n")[-1])
     assert list(result)[:6] == ["clips", "psnr", "psnr_copy", "psnr_tokenizer", "gap_closed", "seconds"] and result["clips"] == 3
-    assert list(result)[6:] == [*measures.NAMES, "psnr_by_frame"] and len(result["psnr_by_frame"]) == 2
+    assert list(result)[6:] == ["psnr_error", *measures.NAMES, "psnr_by_frame"] and len(result["psnr_by_frame"]) == 2
     assert result["psnr"] == pytest.approx(sum(result["psnr_by_frame"]) / 2, abs=0.01)
     want = (result["psnr"] - result["psnr_copy"]) / (result["psnr_tokenizer"] - result["psnr_copy"])
     assert result["gap_closed"] == pytest.approx(want, abs=0.02)
