@@ -141,7 +141,10 @@ def test_a_sprite_that_changes_its_motion():
     for seed in range(10):
         (a, before), (b, after) = world.clip(seed, 13), world.clip(seed, 13, turn=8)
         assert (before != after) == (seed % 5 == 0) == (not np.array_equal(a, b)) and np.array_equal(a[:2], b[:2])
-    assert not any(world.replace(s, motion=s.then[1]).held_out() for s in world.turned(world.scene(5), 5, 8).sprites)
+    for seed in range(30):
+        for kind in (False, True):
+            turned = world.turned(world.scene(seed, held_out=kind), seed, 8).sprites
+            assert all(world.replace(s, motion=s.then[1]).held_out() == kind for s in turned)
 
 
 def test_edges_are_anti_aliased():
