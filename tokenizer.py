@@ -386,7 +386,7 @@ def options_parser():
 
 
 def main():
-    from data.video import Folder, Latents, encode, open_data  # which imports this file
+    from data.video import Latents, encode, open_data  # which imports this file
     a = options_parser().parse_args()
     check_size(a.stride, a.frames, *a.size)
     check_options(a, steps=(1, math.inf), decoder_steps=(0, math.inf), batch=(1, math.inf), width=(4, math.inf), blocks=(0, math.inf),
@@ -399,8 +399,6 @@ def main():
     torch.manual_seed(a.seed)
     if a.encode:
         tokenizer = open_tokenizer(a.tokenizer or DATA / name, device)
-        if isinstance(tokenizer, Cosmos):
-            tokenizer.measure(to_float(Folder(a.encode, a.fps).batch(range(16), a.frames, a.size)[0]).to(device))
         source = encode(a.encode, a.out, tokenizer, a.frames, a.size, a.fps, device, a.text and Pretrained(a.text, device, dtype))
         print(f"wrote latents to {a.out}; skipped {len(source.skipped)} files; python train.py --data {a.out} trains on them")
         return

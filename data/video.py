@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from data import world
-from tokenizer import DATA, Bad, check_size, pack, save, to_float, write
+from tokenizer import DATA, Bad, Cosmos, check_size, pack, save, to_float, write
 
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 VIDEOS, MOVING = (".mp4", ".webm", ".mov", ".mkv"), (".gif", ".webp", ".apng")
@@ -95,14 +95,15 @@ def pictures(path, frames, fps, u):
     else:
         chosen = round(u * (count - frames)) + np.arange(frames)
     if path.is_dir():
-        yield from (to_rgb(Image.open(stills(path)[i])) for i in chosen)
+        files = stills(path)
+        yield from (to_rgb(Image.open(files[i])) for i in chosen)
     elif path.suffix.lower() in VIDEOS:
         with need_av(path).open(str(path)) as file:
-            stream, at, k = file.streams.video[0], None, 0
-            file.seek(int((times[chosen[0]] + float((stream.start_time or 0) * stream.time_base)) / stream.time_base), stream=stream)  # or the key frame before
+            stream, k = file.streams.video[0], 0
+            begin = float((stream.start_time or 0) * stream.time_base)
+            file.seek(int((begin + times[chosen[0]]) / stream.time_base), stream=stream)  # or the key frame before
             for frame in file.decode(stream):
-                at = frame.time - float((stream.start_time or 0) * stream.time_base)
-                while k < frames and at > times[chosen[k]] - 1e-6:
+                while k < frames and frame.time - begin > times[chosen[k]] - 1e-6:
                     yield frame.to_image()
                     k += 1
                 if k == frames:
@@ -269,6 +270,8 @@ def encode(folder, out, tokenizer, frames, size, fps, device, text=None, each=25
     source = Folder(folder, fps)
     print(source.about, flush=True)
     check_size(tokenizer.stride, frames, *size)
+    if isinstance(tokenizer, Cosmos):
+        tokenizer.measure(to_float(source.batch(range(16), frames, size)[0]).to(device))
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     shards, plan, packed = range(-(-len(source.clips) // each)), out / "plan.json", pack(tokenizer)
     listed = zlib.crc32(repr([(str(p.relative_to(folder)), c) for p, c in source.clips]).encode(errors="replace"))
