@@ -85,8 +85,8 @@ def generate(model, given, captions, frames, steps=None, diffusion_steps=None, c
             h = hidden(start, end)[:, (first - start) * n:]
             z = h.take_along_dim((chosen - first * n).repeat(branches, 1)[..., None], 1).flatten(0, 1)
             scale = 1 + (cfg - 1) * done / tokens if cfg_schedule == "linear" else cfg
-            new = diffusion.sample(model.head, z, channels, heat[chosen // n].view(-1, 1),
-                                   None if branches == 1 else scale, config.clamp)
+            new = diffusion.sample(model.head.given(z, diffusion.timesteps), torch.randn(chosen.numel(), channels, device=device),
+                                   heat[chosen // n].view(-1, 1), None if branches == 1 else scale, config.clamp)
             x.scatter_(1, chosen[..., None].expand(-1, -1, channels), new.view(batch, count, channels))
             masked.scatter_(1, chosen, False)
         if use_cache and last < frames:

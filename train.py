@@ -38,7 +38,7 @@ from tokenizer import (DATA, Bad, Cosmos, Pretrained, Words, check_options, chec
                        pack, parse_size, psnr, run, save, to_float, unpack)
 from videomar import PRESETS, VideoMAR
 
-STEPS = {"toy": (1800, 500, 1300), "paper": (50000, 50000, 100000)}  # of three stages: 5, 13 and 25 frames
+STEPS = {"toy": (1400, 200, 770), "paper": (50000, 50000, 100000)}  # of three stages: 5, 13 and 25 frames
 OPTIMISER = {"toy": "muon", "paper": "adamw"}
 RATE = {"toy": 1.5e-3, "paper": 1e-4}  # the paper's, and one that suits a small model
 
@@ -66,7 +66,7 @@ def options_parser():
     p.add_argument("--out", type=Path, default=Path("out"), help="folder of ckpt.pt, log.csv and the film strips (out)")
     p.add_argument("--export", type=Path, help="at the end, also write a half-precision checkpoint for sampling only")
     p.add_argument("--preset", choices=PRESETS, default="toy")
-    p.add_argument("--batch", type=int, default=8, help="clips a step, over all ranks (8)")
+    p.add_argument("--batch", type=int, default=16, help="clips a step, over all ranks (16)")
     p.add_argument("--accumulate", type=int, default=1, help="parts in which each rank takes its share of the batch (1)")
     p.add_argument("--optimiser", choices=("adamw", "muon"), help="muon: for the matrices inside the blocks and the head, AdamW for the rest (by the preset)")
     p.add_argument("--lr", type=float, help="learning rate (by the preset)")
@@ -74,7 +74,7 @@ def options_parser():
     p.add_argument("--decay", type=float, default=1.0, help="last share of all steps in which the rate falls to 0 (1; MAR 0)")
     p.add_argument("--ema", type=float, default=0.9999, help="of the averaged weights, less at the start (0.9999)")
     p.add_argument("--noise", type=float, default=0.15, help="std of the noise on the tokens (0.15): see the loop")
-    p.add_argument("--first", type=float, default=0.1, help="share of the steps that train frame 0, from the text alone (0.1); the paper is 0, and then no clip changes its motion either")
+    p.add_argument("--first", type=float, default=0.05, help="share of the steps that train frame 0, from the text alone (0.05); the paper is 0, and then no clip changes its motion either")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (500)")
     p.add_argument("--attention", choices=("causal", "full"), default="causal", help="the paper's ablations")

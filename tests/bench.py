@@ -25,7 +25,7 @@ import torch  # noqa: E402
 import videomar  # noqa: E402
 from sample import generate  # noqa: E402
 from tokenizer import Words, check_options, check_size, choose_device, choose_dtype, parse_size, run  # noqa: E402
-from train import OPTIMISER, make_optimisers  # noqa: E402
+from train import OPTIMISER, make_optimisers, muon_parameters  # noqa: E402
 from videomar import PRESETS, Cache, Diffusion, VideoMAR, rope_angles, unmask_counts  # noqa: E402
 
 CAPTION = "a red cat moves left quickly and a blue star grows on a green background"
@@ -37,17 +37,17 @@ def backbone_flops(c, tokens, pairs, words=16):
     return 2 * c.layers * 14 * c.dim**2 * tokens, 2 * c.layers * 2 * c.dim * (pairs + tokens * words)
 
 
-def head_flops(c, rows, times):
-    """Of the diffusion MLP over `rows` noisy tokens, and `times` embeddings of a diffusion step."""
+def head_flops(c, rows, conditions, times):
+    """Of the diffusion MLP over `rows` noisy tokens, `conditions` hidden states and `times` embeddings of a diffusion step."""
     w = c.head_dim
-    return 2 * rows * (c.head_layers * 5 * w**2 + 2 * w**2 + (c.dim + 3 * c.channels) * w) + 2 * times * (256 + w) * w
+    return 2 * rows * (c.head_layers * 5 * w**2 + 2 * w**2 + 3 * c.channels * w) + 2 * conditions * c.dim * w + 2 * times * (256 + w) * w
 
 
 def sample_flops(c, n, frames, how, branches=2):
     """Of one clip -> [weights, attention, head]."""
     steps = len(unmask_counts(n, c.unmask_steps))
     times = (frames - 1) * c.sample_steps * (n if how == "ntp" else steps)
-    total = [0, 0, head_flops(c, branches * c.sample_steps * n * (frames - 1), times)]
+    total = [0, 0, head_flops(c, branches * c.sample_steps * n * (frames - 1), branches * n * (frames - 1), times)]
     for t in range(1, frames):
         passes = {"ntp": n * [(1, t * n + n / 2)],
                   "nocache": steps * [((t + 1) * n, n * n * (t + 1) * (t + 2) / 2)],
@@ -64,7 +64,12 @@ def train_flops(c, n, frames, t, batch, cut):
         mid = sum(early) * (c.layers - 1) / c.layers + sum(last) / c.layers + 2 * 3 * c.dim**2 * n * t
     else:
         mid = sum(backbone_flops(c, n * frames, (n * frames) ** 2))
-    return 3 * batch * (mid + head_flops(c, *2 * [0.86 * n * c.diffusion_repeats]))
+    return 3 * batch * (mid + head_flops(c, *3 * [0.86 * n * c.diffusion_repeats]))
+
+
+def muon_flops(model, optimiser):
+    """Of the five Newton-Schulz iterations by which Muon makes the step of an m x n matrix, m <= n, orthogonal."""
+    return sum(5 * (4 * m * m * n + 2 * m**3) for m, n in (sorted(p.shape) for p in muon_parameters(model, optimiser)))
 
 
 # ------------------------------------------------------------------------------------------------------ measuring
@@ -113,7 +118,8 @@ def next_token_step(model, x, text, turn, cache, diffusion, cfg):
     h = model.token_in(x.repeat(2, 1, 1))
     for block, kv in zip(model.blocks, text[0]):
         h = block(h, turn, kv, text[1], 1, cache)
-    return diffusion.sample(model.head, model.norm(h)[:, 0], model.config.channels, 1.0, cfg)
+    net = model.head.given(model.norm(h)[:, 0], diffusion.timesteps)
+    return diffusion.sample(net, torch.randn(1, model.config.channels, device=x.device), 1.0, cfg)
 
 
 # ----------------------------------------------------------------------------------------------------- two benches
@@ -161,7 +167,7 @@ def bench_sample(a, model, device, grid, frames):
 
 
 def bench_train(a, model, device, grid, frames):
-    c, n, batch = model.config, grid[0] * grid[1], a.batch or 2
+    c, n, batch = model.config, grid[0] * grid[1], a.batch or 4
     x, captions = torch.randn(batch, frames, *grid, c.channels, device=device), [CAPTION] * batch
     optimisers = make_optimisers(model, OPTIMISER[a.preset], 1e-5, device.type in ("cuda", "cpu"))
     short = videomar.frame_causal_attention
@@ -179,7 +185,7 @@ def bench_train(a, model, device, grid, frames):
     times = in_turn([lambda t=t, cut=cut: step(t, cut) for t in ts for cut in (False, True)], device, a.repeats)
     videomar.frame_causal_attention = short
     full_s, cut_s = sum(times[::2]) / len(ts), sum(times[1::2]) / len(ts)
-    full, cut = (sum(train_flops(c, n, frames, t, batch, how) for t in ts) / len(ts) for how in (False, True))
+    full, cut = (sum(train_flops(c, n, frames, t, batch, how) for t in ts) / len(ts) + muon_flops(model, OPTIMISER[a.preset]) for how in (False, True))
     peak = matmul_peak(device, a.dtype)
     tokens = batch * n * (frames + 2) / 2
     print(f"{'mean of t = 1 ... T - 1':34}{'s a step':>10}{'TFLOP':>8}{'TFLOP/s':>9}{'of peak':>9}{'tokens/s':>10}")
@@ -196,7 +202,7 @@ def options_parser():
     p.add_argument("--size", type=parse_size, default=(128, 128), help="HEIGHTxWIDTH in pixels (128x128: 256 tokens a latent frame)")
     p.add_argument("--frames", type=int, default=25, help="pixel frames (25)")
     p.add_argument("--stride", type=lambda s: parse_size(s, 3), default=(4, 8, 8))
-    p.add_argument("--batch", type=int, help="clips (1 to sample, 2 to train)")
+    p.add_argument("--batch", type=int, help="clips (1 to sample, 4 to train: the tokens of a default step)")
     p.add_argument("--repeats", type=int, default=2)
     p.add_argument("--ntp-steps", type=int, default=24, help="steps of next-token prediction that are timed (24)")
     p.add_argument("--nocache-frames", type=int, default=10**6, help="latent frames that are timed without the cache (all)")

@@ -62,7 +62,7 @@ class Lab:
         done = lambda: (out / "ckpt.pt").exists() and (s := torch.load(out / "ckpt.pt", weights_only=True))["step"] == sum(s["args"]["steps"])
         if not done():
             args += ["--resume"] if (out / "ckpt.pt").exists() else ["--frames", frames, "--seed", str(seed), "--steps", ",".join(map(str, steps or self.a.steps)),
-                                                                     "--first", "0", *map(str, options)]
+                                                                     "--first", "0", "--batch", "8", *map(str, options)]
             with (self.folder / f"{out.name}.log").open("a") as log:
                 subprocess.run(args + (["--device", self.a.device] if self.a.device else []), check=True, stdout=log, stderr=log)
         self.bar.update()

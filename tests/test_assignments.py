@@ -16,7 +16,7 @@ EXERCISES = {  # functions of videomar.py, and the tests of tests/test_model.py 
     1: (["rope_angles", "rotate"], "rope"),
     2: (["frame_causal_attention"], "causal"),
     3: (["draw_mask_ratio", "unmask_counts"], "mask_ratio or unmask"),
-    4: (["DiffusionHead.forward"], "adaln"),
+    4: (["DiffusionHead.modulations", "DiffusionHead.denoise"], "adaln"),
     5: (["Diffusion.q_sample", "Diffusion.posterior"], "posterior"),
     6: (["VideoMAR.draw_masked"], "next_frame or frame_t"),
     7: (["VideoMAR.forward"], "cut_sequence"),

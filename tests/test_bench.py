@@ -5,6 +5,7 @@ from dataclasses import replace
 import bench
 import pytest
 import torch
+import train
 from conftest import TINY, script
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,6 +35,16 @@ def test_flops_of_training_are_those_torch_counts(cut, monkeypatch):
     with FlopCounterMode(display=False) as counter:
         model(torch.randn(2, 4, 6, 6, 16), [bench.CAPTION] * 2, 2, cut=cut).backward()
     assert bench.train_flops(config, 36, 4, 2, 2, cut) == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+def test_flops_of_muon_are_those_torch_counts():
+    model = VideoMAR(TINY, Words(TINY.text_dim))
+    muon = train.make_optimisers(model, "muon", 1e-3, False)[1]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with FlopCounterMode(display=False) as counter:
+        muon.step()
+    assert bench.muon_flops(model, "muon") == counter.get_total_flops() > 0 == bench.muon_flops(model, "adamw")
 
 
 @pytest.mark.parametrize("what, keys", [

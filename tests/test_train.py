@@ -141,6 +141,18 @@ train.run(train.main)
     odd = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "small.py", "--resume", "--steps", "4",
                           "--out", "one"], capture_output=True, text=True, env=env, timeout=120)
     assert odd.returncode != 0 and "cannot share it evenly" in odd.stderr
+    # A rank that dies, with no word of its own, ends the run and is named.
+    (folder / "dies.py").write_text(shrink.replace("train.run(train.main)", """
+import os, signal
+part = train.part_of_batch
+def part_of_batch(a, source, step, *rest):
+    if step == 1 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return part(a, source, step, *rest)
+train.part_of_batch = part_of_batch
+train.run(train.main)"""))
+    dead = subprocess.run([*torchrun[:-1], "dies.py", *map(str, base), "--out", "dead"], capture_output=True, text=True, env=env, timeout=60)
+    assert dead.returncode != 0 and "rank      : 1" in dead.stderr and "Signal 9" in dead.stderr, dead.stderr[-2000:]
 
 
 def test_batches_are_a_function_of_seed_step_and_part():
