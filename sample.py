@@ -31,8 +31,8 @@ def generate(model, given, captions, frames, steps=None, diffusion_steps=None, c
              temperature=None, use_cache=True, progress=False, then=None, keep=None):
     """Continues latents: given (batch, n0, h, w, C) and captions -> (batch, frames, h, w, C), the given ones first.
 
-    n0 = 0 is text-to-video. then: {latent frame: captions from there on}; what the cache holds stays. keep (h, w), bool:
-    editing; all frames are given, their tokens where it is True stay, the others are made anew.
+    n0 = 0 is text-to-video: frame 0 takes 8 times the steps. then: {latent frame: captions from there on}; what the cache
+    holds stays. keep (h, w), bool: editing; all frames are given, their tokens where it is True stay, the others are made anew.
 
     steps: unmasking steps a frame (K), diffusion_steps: of a token, cfg: guidance on the noise, 1 is the conditional
     model alone, temperature: a number, or "progressive" (paper App. B); None for any of the four takes the
@@ -77,7 +77,8 @@ def generate(model, given, captions, frames, steps=None, diffusion_steps=None, c
         places = first * n + (~stays[first * n:last * n]).nonzero()[:, 0]
         tokens = len(places)
         order = places[torch.rand(batch, tokens, device=device).argsort(1)]  # random, for each clip (MAR)
-        counts, done = unmask_counts(tokens, steps * (last - first)), 0
+        # Tokens of one step are drawn blind to each other: in frame 0, whose first ones decide where things are, that made twins.
+        counts, done = unmask_counts(tokens, steps * (last - first if first else 8)), 0
         start, end = (first if use_cache else 0), (last if config.attention == "causal" else frames)
         for count in tqdm(counts, "steps", leave=False, disable=not progress):
             chosen = order[:, done:done + count]
