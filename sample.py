@@ -8,7 +8,6 @@
 import argparse
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -19,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from data import measures, world
-from data.video import draw, enlarge, find, need_av, read_clip, read_csv, to_uint8, write_strip, write_video
+from data.video import draw, enlarge, find, need_av, read_clip, read_csv, to_uint8, torchrun, write_strip, write_video
 from tokenizer import (DATA, Bad, Pretrained, Words, check_options, check_size, check_writable, choose_device, choose_dtype, load,
                        parse_size, psnr, run, to_float, unpack)
 from videomar import Cache, Config, Diffusion, VideoMAR, progressive_temperature, unmask_counts
@@ -184,7 +183,7 @@ def many(a, model, tokenizer, frames, size, options, device, batch=8):
 
     What is there already is not made again; the ranks of torchrun share the batches; a bad row is told at the end."""
     folder, failed, made = a.out or Path("out/prompts"), {}, 0
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, ranks = torchrun()
     named = {}  # VBench finds clips by prompt: one row each, in a name that a file can have
     for r in read_csv(a.prompts, "image", "prompt"):
         name = r["prompt"].replace("/", "_").encode()[:230].decode(errors="ignore")
@@ -208,7 +207,7 @@ def many(a, model, tokenizer, frames, size, options, device, batch=8):
             latents = generate(model, latents, [prompt for prompt, _ in good], 1 + (frames - 1) // tokenizer.stride[0], **options)
             for (_, path), clip in zip(good, tokenizer.decode(latents)):
                 if not path.exists():
-                    write_video(path, enlarge(to_uint8(clip), a.scale or max(1, -(-256 // min(size)))), a.fps)
+                    write_video(path, enlarge(to_uint8(clip), a.scale), a.fps)
                     made += 1
     print(f"wrote {made} clips to {folder}; {len(failed)} rows could not be used")
     if failed and ranks == 1:
@@ -290,6 +289,7 @@ def main():
     torch.manual_seed(a.seed)
     size, frames = a.size or tuple(settings["size"]), a.frames or settings["frames"][-1]
     check_size(tokenizer.stride, frames, *size)
+    a.scale = a.scale or max(1, -(-256 // min(size)))
     context = a.context or (2 if a.video else 1)
     if a.eval and 1 + tokenizer.stride[0] * (context - 1) >= frames:
         raise Bad(f"--frames {frames}: there is nothing to compare behind what is given; give {1 + tokenizer.stride[0] * context} or more")
@@ -327,9 +327,8 @@ def main():
             torch.cuda.synchronize()
     seconds = time.time() - start
     out = a.out or Path("out") / f"{source.stem}.gif"
-    scale = a.scale or max(1, -(-256 // min(size)))
     paths = [out if a.n == 1 else out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(a.n)]
-    clips = [enlarge(to_uint8(c), scale) for c in clips]
+    clips = [enlarge(to_uint8(c), a.scale) for c in clips]
     for path, clip in zip(paths, clips):
         write_video(path, clip, a.fps)
     strip = out.with_name(f"{out.stem}-strip.png")

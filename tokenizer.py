@@ -239,8 +239,9 @@ class Pretrained(nn.Module):
         """list of str -> states (batch, token, dim), mask (batch, token), True at tokens. Long captions are cut."""
         states, device = [], self.hidden[0].device
         for c in captions:
-            states.append(c.states if hasattr(c, "states") else self.kept[c] if c in self.kept else self.one(c))
-            self.kept[str(c)] = states[-1]
+            if not hasattr(c, "states") and c not in self.kept:
+                self.kept[c] = self.one(c)
+            states.append(c.states if hasattr(c, "states") else self.kept[c])
         while len(self.kept) > 10_000:
             self.kept.pop(next(iter(self.kept)))
         longest = -(-max(map(len, states)) // 8) * 8

@@ -32,7 +32,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from data.video import Latents, open_data, to_uint8, write_strip
+from data.video import Latents, open_data, to_uint8, torchrun, write_strip
 from sample import generate, load_model
 from tokenizer import (DATA, Bad, Cosmos, Pretrained, Words, check_options, check_size, check_writable, choose_device, choose_dtype, load, open_tokenizer,
                        pack, parse_size, psnr, run, save, to_float, unpack)
@@ -144,7 +144,7 @@ def plan(argv=None):
             raise Bad(f"--export {a.export}: it is a folder; give the name of a file")
     if a.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise Bad("--tensorboard needs the package tensorboard: pip install tensorboard")
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    _, ranks = torchrun()
     if checkpoint:  # the parts of a step are what its draws belong to: other ranks, the same parts
         a.accumulate = max(1, checkpoint["args"]["parts"] // ranks)
         if a.optimiser != checkpoint["args"]["optimiser"]:
@@ -240,7 +240,7 @@ def main():
     config = replace(PRESETS[a.preset], attention=a.attention, loss=a.loss, position=a.position, channels=tokenizer.channels)
     if a.plan:
         return show_plan(a, config)
-    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    rank, world_size = torchrun()
     dtype = choose_dtype(a.dtype, device)
     a.dtype = str(dtype)[6:]
     if world_size > 1:

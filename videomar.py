@@ -211,7 +211,6 @@ class Diffusion(nn.Module):
             beta * before.sqrt() / (1 - abar), (1 - before) * (1 - beta).sqrt() / (1 - abar),  # posterior mean
             variance.log(), beta.log()])  # the two bounds of the learned log variance
         self.register_buffer("table", coefficients.float()[..., None, None], persistent=False)  # (6, steps, 1, 1)
-        self.register_buffer("snr", (abar / (1 - abar)).float(), persistent=False)
         self.register_buffer("timesteps", timesteps, persistent=False)
 
     def q_sample(self, x0, i, noise):
@@ -244,8 +243,9 @@ class Diffusion(nn.Module):
         kl = 0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp() + (true_mean - mean) ** 2 * (-logvar).exp())
         nll = 0.5 * (logvar + (x0 - mean) ** 2 * (-logvar).exp() + math.log(2 * math.pi))
         variational = torch.where(i[:, None] == 0, nll, kl) / math.log(2)
-        weight = (snr_clip / self.snr[i]).clamp(max=1)
-        return (weight[:, None] * (eps - noise) ** 2 + variational).mean(-1)
+        a, s = self.table[:2, i, 0]
+        weight = (snr_clip * (s / a) ** 2).clamp(max=1)
+        return (weight * (eps - noise) ** 2 + variational).mean(-1)
 
     def sample(self, net, x, temperature=1.0, guidance=None, clamp=4.0):
         """Ancestral sampling from noise x (tokens, C) -> tokens (tokens, C). net(x, i): noise and variance at step i (tokens, 2C).

@@ -263,6 +263,11 @@ def open_data(path, fps=None):
     return Latents(path) if any((path / name).exists() for name in ("latents.json", "plan.json")) else Folder(path, fps)
 
 
+def torchrun():
+    """The number of this process among those that torchrun started, and how many they are; 0 and 1 without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def encode(folder, out, tokenizer, frames, size, fps, device, text=None, each=256):
     """Latents of the clips below `folder`, once: float16 shards of `each` clips, captions, states of the text.
 
@@ -272,7 +277,7 @@ def encode(folder, out, tokenizer, frames, size, fps, device, text=None, each=25
     check_size(tokenizer.stride, frames, *size)
     if isinstance(tokenizer, Cosmos):
         tokenizer.measure(to_float(source.batch(range(16), frames, size)[0]).to(device))
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, ranks = torchrun()
     shards, plan, packed = range(-(-len(source.clips) // each)), out / "plan.json", pack(tokenizer)
     listed = zlib.crc32(repr([(str(p.relative_to(folder)), c) for p, c in source.clips]).encode(errors="replace"))
     weights = zlib.crc32(b"".join(v.numpy().tobytes() for v in packed.get("state", {}).values()))

@@ -113,8 +113,8 @@ train.run(train.main)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     one = subprocess.run([sys.executable, "small.py", *map(str, base), "--accumulate", "2", "--out", "one"], capture_output=True, text=True, env=env)
     assert one.returncode == 0, one.stderr[-2000:]
-    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "small.py", *map(str, base),
-                          "--out", "two"], capture_output=True, text=True, env=env, timeout=120)
+    torchrun = lambda script, ranks=2: [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", script]
+    two = subprocess.run([*torchrun("small.py"), *map(str, base), "--out", "two"], capture_output=True, text=True, env=env, timeout=120)
     assert two.returncode == 0, two.stderr[-2000:]
     # The whole batch at once draws other masks and noise: what a rank without a seed of its own would be like.
     alone = subprocess.run([sys.executable, "small.py", *map(str, base), "--out", "alone"], capture_output=True, text=True, env=env)
@@ -127,19 +127,17 @@ train.run(train.main)
     assert (gradients("one") - gradients("two")).abs().max() < 1e-6
     assert (gradients("one") - gradients("alone")).abs().max() > 1e-4
     # FSDP2's file is the file of a run that is not sharded, and either goes on from the other, on other ranks.
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "small.py"]
-    sharded = subprocess.run([*torchrun, *map(str, base), "--shard", "--recompute", "--out", "sharded"], capture_output=True, text=True, env=env, timeout=120)
+    sharded = subprocess.run([*torchrun("small.py"), *map(str, base), "--shard", "--recompute", "--out", "sharded"], capture_output=True, text=True, env=env, timeout=120)
     assert sharded.returncode == 0, sharded.stderr[-2000:]
     assert (gradients("one") - gradients("sharded")).abs().max() < 1e-6
     whole, parts = torch.load("one/ckpt.pt", weights_only=True), torch.load("sharded/ckpt.pt", weights_only=True)
     for key in ("model", "ema"):
         assert whole[key].keys() == parts[key].keys() and all(torch.allclose(v, parts[key][k], atol=1e-6) for k, v in whole[key].items())
-    for out, command in (("one", [*torchrun, "--shard"]), ("sharded", [sys.executable, "small.py"])):
+    for out, command in (("one", [*torchrun("small.py"), "--shard"]), ("sharded", [sys.executable, "small.py"])):
         more = subprocess.run([*command, "--resume", "--steps", "3", "--out", out], capture_output=True, text=True, env=env, timeout=120)
         assert more.returncode == 0, more.stderr[-2000:]
     assert (gradients("one") - gradients("sharded")).abs().max() < 1e-6 and torch.load("one/ckpt.pt", weights_only=True)["step"] == 3
-    odd = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "small.py", "--resume", "--steps", "4",
-                          "--out", "one"], capture_output=True, text=True, env=env, timeout=120)
+    odd = subprocess.run([*torchrun("small.py", 3), "--resume", "--steps", "4", "--out", "one"], capture_output=True, text=True, env=env, timeout=120)
     assert odd.returncode != 0 and "cannot share it evenly" in odd.stderr
     # A rank that dies, with no word of its own, ends the run and is named.
     (folder / "dies.py").write_text(shrink.replace("train.run(train.main)", """
@@ -151,7 +149,7 @@ def part_of_batch(a, source, step, *rest):
     return part(a, source, step, *rest)
 train.part_of_batch = part_of_batch
 train.run(train.main)"""))
-    dead = subprocess.run([*torchrun[:-1], "dies.py", *map(str, base), "--out", "dead"], capture_output=True, text=True, env=env, timeout=60)
+    dead = subprocess.run([*torchrun("dies.py"), *map(str, base), "--out", "dead"], capture_output=True, text=True, env=env, timeout=60)
     assert dead.returncode != 0 and "rank      : 1" in dead.stderr and "Signal 9" in dead.stderr, dead.stderr[-2000:]
 
 
