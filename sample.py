@@ -30,8 +30,8 @@ def generate(model, given, captions, frames, steps=None, diffusion_steps=None, c
              temperature=None, use_cache=True, progress=False, then=None, keep=None):
     """Continues latents: given (batch, n0, h, w, C) and captions -> (batch, frames, h, w, C), the given ones first.
 
-    n0 = 0 is text-to-video: frame 0 takes 8 times the steps. then: {latent frame: captions from there on}; what the cache
-    holds stays. keep (h, w), bool: editing; all frames are given, their tokens where it is True stay, the others are made anew.
+    n0 = 0 is text-to-video. Frame 0, if it is made, takes 8 times the steps. then: {latent frame: captions from there on};
+    what the cache holds stays. keep (h, w), bool: editing; all frames are given, their tokens where it is True stay.
 
     steps: unmasking steps a frame (K), diffusion_steps: of a token, cfg: guidance on the noise, 1 is the conditional
     model alone, temperature: a number, or "progressive" (paper App. B); None for any of the four takes the
@@ -46,7 +46,7 @@ def generate(model, given, captions, frames, steps=None, diffusion_steps=None, c
     n = grid[0] * grid[1]
     # Without `keep`: the given frames stay, and all tokens of the others are made.
     stays = torch.arange(frames * n, device=device) < n0 * n if keep is None else keep.flatten().repeat(frames)
-    n0 = n0 if keep is None else 0
+    n0 = n0 if keep is None else 0  # finished frames
     use_cache = use_cache and config.attention == "causal"
     diffusion = Diffusion(config.diffusion_steps, diffusion_steps).to(device)
     # Frame 0, if it is made, has no frame to follow: colder than 1 it would be the likeliest picture, an empty one.

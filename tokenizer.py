@@ -150,7 +150,7 @@ class Cosmos(nn.Module):
             raise Bad(f"{folder}: it does not take a video of 17x128x128 there and back ({type(e).__name__}); give a Cosmos-Tokenizer of videos") from None
 
     def through(self, net, x):
-        """One clip at a time, so that 480x768x49 fits a card of 24 GB. What comes out is bare, or the first of a tuple."""
+        """One clip at a time: 480x768x49 is much for one card. What comes out is bare, or the first of a tuple."""
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             out = [net(clip) for clip in x.to(self.dtype).split(1)]
         return torch.cat([y if torch.is_tensor(y) else y[0] for y in out]).float()

@@ -40,7 +40,7 @@ from videomar import PRESETS, VideoMAR
 
 STEPS = {"toy": (1400, 200, 770), "paper": (50000, 50000, 100000)}  # of three stages: 5, 13 and 25 frames
 OPTIMISER = {"toy": "muon", "paper": "adamw"}
-RATE = {"toy": 1.5e-3, "paper": 1e-4}  # the paper's, and one that suits a small model
+RATE = {"toy": 1.5e-3, "paper": 1e-4}  # one that suits a small model, and the paper's
 
 
 def numbers(text):
@@ -257,8 +257,7 @@ def main():
         tokenizer.measure(to_float(source.batch(range(16), a.frames[-1], a.size)[0]).to(device))
         say(f"latents    of 16 clips, by channel: mean {' '.join(f'{v:.2f}' for v in tokenizer.mean)}; std {' '.join(f'{v:.2f}' for v in tokenizer.std)}")
     packed = pack(tokenizer)
-    # Threads read the next batches meanwhile. On a CPU the cores are busy: with the drawing beside them, a step took 0.32 s
-    # instead of 0.26.
+    # Threads read the next batches meanwhile. On a CPU the cores are busy: a step took a fifth longer with the drawing beside it.
     workers = a.workers if a.workers is not None else 0 if device.type == "cpu" and a.data is None else 4
     pool, coming = ThreadPoolExecutor(max(1, workers)), deque()
 

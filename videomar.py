@@ -49,7 +49,7 @@ class Config:
 
     @property
     def cuts(self):
-        """Nothing is read after frame t: the sequence may end there."""
+        """Frame t sees nothing after itself and no other carries loss: the sequence may end there."""
         return self.attention == "causal" and self.loss == "next-frame"
 
 
@@ -116,7 +116,8 @@ class Cache:
     (paper 4.3).
 
     The slot after the finished frames belongs to the frame in the making: each step overwrites it in place, and `keep`
-    keeps it. Guidance doubles the batch: each branch has its own half of the buffers, as its keys depend on its text.
+    keeps it. Guidance doubles the batch: the branch with the caption and the one with the null text have a half of the
+    buffers each, since above the first block the keys depend on the text that was read below.
     """
 
     def __init__(self, config, batch, tokens, device=None, dtype=None):
@@ -173,6 +174,7 @@ class Block(nn.Module):
         return rearrange(self.cross_kv(states), "b l (two h d) -> two b h l d", two=2, h=self.heads)
 
     def forward(self, x, turn, text, text_mask, n, cache=None, last_frame=False):
+        """x (batch, frames * n, dim); turn: cosines and sines of `rope_angles`; text: from `read_text`; last_frame: its queries alone."""
         q, k, v = rearrange(self.qkv(self.norm1(x)), "b l (three h d) -> three b h l d", three=3, h=self.heads)
         if turn is not None:
             q, k = rotate(q, *turn), rotate(k, *turn)
@@ -338,7 +340,7 @@ class VideoMAR(nn.Module):
                 nn.init.zeros_(module.weight)
 
     def read_text(self, captions, null):
-        """Captions and null (batch,), True where the learned null replaces the text, as it does an empty one -> what
+        """Captions and null (batch,), True where the learned null replaces all words, as in an empty caption -> what
         `hidden` takes: each layer's cross-attention keys and values (2, batch, head, word, d), the mask (batch, 1, 1, word)."""
         states, mask = self.text(captions)
         null = null | torch.tensor([not c.strip() for c in captions], device=null.device)
@@ -370,7 +372,7 @@ class VideoMAR(nn.Module):
     def draw_masked(self, batch, frames, n, t, device=None):
         """The masking of eq. 4.1: frames before t stay whole, t is partly masked, later ones are wholly masked.
 
-        The masked tokens of frame t carry the loss: a random set of one size for each clip. With loss "total-mask"
+        The masked tokens of frame t carry the loss: another random set for each clip, all of one size. With loss "total-mask"
         (eq. 3.1) all frames are masked so, as one large picture. -> masked (batch, frames * n), True where [MASK]
         stands, and the places of the tokens that carry the loss (batch, count).
         """
@@ -383,9 +385,9 @@ class VideoMAR(nn.Module):
     def forward(self, x, captions, t, cut=True):
         """Next-frame diffusion loss (paper eq. 4.1) of latents x (batch, T, h, w, C), with the loss on frame t.
 
-        One frame a pass: its [MASK] tokens would be later frames' context. Under frame-causal attention nothing sees the
-        frames after t, so the sequence is cut there: the same loss and gradients for less work (ours). With full attention
-        or total-mask it is not. t = 0 trains frame 0, from the text alone. -> scalar, float32.
+        One frame a pass: a second, later one would read [MASK]s of this one where sampling has its values. Under
+        frame-causal attention frame t sees nothing after itself, so the sequence is cut there: the same loss and gradients
+        for less work (ours). With full attention or total-mask it is not. t = 0 trains frame 0, from the text alone. -> scalar, float32.
         """
         config = self.config
         batch, frames, *grid, _ = x.shape
@@ -418,9 +420,9 @@ def unmask_counts(n, steps):
     """
     counts, left = [], n
     for i in range(steps):
-        keep = min(math.floor(n * math.cos(math.pi / 2 * (i + 1) / steps)), left - 1) if i < steps - 1 else 0
-        counts.append(left - keep)
-        left = keep
+        stay = min(math.floor(n * math.cos(math.pi / 2 * (i + 1) / steps)), left - 1) if i < steps - 1 else 0
+        counts.append(left - stay)
+        left = stay
         if not left:
             break
     return counts

@@ -55,16 +55,20 @@ class Lab:
         self.loaded, self.start, self.bar = (None, None), time.time(), tqdm(desc=a.name, unit=" parts")
 
     def train(self, name, seed=0, *options, frames="5,13,25", steps=None):
-        """A checkpoint trained by train.py, taken up again where it was stopped."""
-        out = self.folder / f"{name}-{seed}"
+        """A checkpoint trained by train.py, taken up again where it was stopped; experiments share what has the same name."""
+        out, steps = self.a.out / "trained" / f"{name}-{seed}", list(steps or self.a.steps)
+        steps *= len(frames.split(",")) if len(steps) == 1 else 1
         self.bar.set_postfix_str(f"training {out.name}")
-        args = [sys.executable, str(ROOT / "train.py"), "--out", str(out)]
-        done = lambda: (out / "ckpt.pt").exists() and (s := torch.load(out / "ckpt.pt", weights_only=True))["step"] == sum(s["args"]["steps"])
-        if not done():
-            args += ["--resume"] if (out / "ckpt.pt").exists() else ["--frames", frames, "--seed", str(seed), "--steps", ",".join(map(str, steps or self.a.steps)),
-                                                                     "--first", "0", "--batch", "8", *map(str, options)]
-            with (self.folder / f"{out.name}.log").open("a") as log:
-                subprocess.run(args + (["--device", self.a.device] if self.a.device else []), check=True, stdout=log, stderr=log)
+        args = [sys.executable, str(ROOT / "train.py"), "--out", str(out)] + (["--device", self.a.device] if self.a.device else [])
+        had = torch.load(out / "ckpt.pt", weights_only=True) if (out / "ckpt.pt").exists() else None
+        if had and had["args"]["steps"] != steps:
+            raise Bad(f"{out}: was trained with --steps {had['args']['steps']}, not {steps}; remove it, or choose another --out")
+        if not had or had["step"] < sum(steps):
+            args += ["--resume"] if had else ["--frames", frames, "--seed", str(seed), "--steps", ",".join(map(str, steps)), "--first", "0", "--batch", "8",
+                                              *map(str, options)]
+            out.mkdir(parents=True, exist_ok=True)
+            with (out / "train.log").open("a") as log:
+                subprocess.run(args, check=True, stdout=log, stderr=log)
         self.bar.update()
         return out / "ckpt.pt"
 
@@ -132,7 +136,7 @@ def table4(lab):
     rows = {"total mask": [], "+ frame loss": [], "+ causal attention": [], "+ progressive temperature": []}
     for seed in range(lab.a.seeds):
         for (label, out), (name, options) in zip(rows.items(), [("total", ["--loss", "total-mask", "--attention", "full"]), ("frame", ["--attention", "full"]),
-                                                                ("causal", []), ("causal", [])]):
+                                                                ("videomar", []), ("videomar", [])]):
             ckpt = lab.train(name, seed, *options)
             temperature = "progressive" if "temperature" in label else 1.0
             out.append(lab.score(f"{name}-{temperature}-{seed}", ckpt, temperature=temperature))
@@ -150,8 +154,8 @@ def table5(lab):
 def positions(lab):
     """RoPE against absolute codes, at lengths and sizes they were not trained on (Fig. 8)."""
     places = [(25, (64, 64)), (49, (64, 64)), (97, (64, 64)), (25, (64, 96)), (25, (96, 64)), (25, (96, 96)), (25, (128, 128))]
-    scores = {(p, at): [lab.score(f"{p}-{at[0]}-{at[1][0]}x{at[1][1]}-{seed}", lab.train(p, seed, "--position", p), *at) for seed in range(lab.a.seeds)]
-              for p in ("rope", "absolute") for at in places}
+    scores = {(p, at): [lab.score(f"{p}-{at[0]}-{at[1][0]}x{at[1][1]}-{seed}", lab.train(name, seed, "--position", p), *at) for seed in range(lab.a.seeds)]
+              for p, name in (("rope", "videomar"), ("absolute", "absolute")) for at in places}
     lab.table(["frames, size", "RoPE, dB", "absolute, dB", "RoPE, gap closed", "absolute, gap closed"],
               [[f"{f}, {h}x{w}", *(mean([r[k] for r in scores[p, (f, (h, w))]]) for k in ("psnr", "gap_closed") for p in ("rope", "absolute"))]
                for f, (h, w) in places])
@@ -177,9 +181,9 @@ def curriculum(lab):
     """5, 13, 25 frames against 25 from the start, at equal token work: a step's tokens are (T + 2) / 2 frames."""
     s = lab.a.steps if len(lab.a.steps) == 3 else lab.a.steps * 3
     equal = round((2 * s[0] + 3 * s[1] + 4.5 * s[2]) / 4.5)
-    rows = {"5, 13, 25": ("5,13,25", s), "25": ("25", [equal])}
-    lab.table(["frames", "steps", *HEAD], [[label, "+".join(map(str, n)), *cells([lab.score(f"{frames}-{seed}", lab.train(f"c{frames.replace(',', '-')}", seed, frames=frames, steps=n))
-                                                                                  for seed in range(lab.a.seeds)])] for label, (frames, n) in rows.items()])
+    rows = {"5, 13, 25": ("videomar", "5,13,25", s), "25": ("long", "25", [equal])}
+    lab.table(["frames", "steps", *HEAD], [[label, "+".join(map(str, n)), *cells([lab.score(f"{name}-{seed}", lab.train(name, seed, frames=frames, steps=n))
+                                                                                  for seed in range(lab.a.seeds)])] for label, (name, frames, n) in rows.items()])
 
 
 @experiment
@@ -295,7 +299,7 @@ def then(lab):
             scenes = [world.scene(j, held_out=True) for j in range(i, min(i + 16, lab.a.clips))]
             early = [s.caption() for s in scenes]
             for j, s in enumerate(scenes):
-                world.turned(s, i + j, 12)
+                world.turned(s, j, 12)
                 for sprite in s.sprites:
                     sprite.then = 12, sprite.then[1]
             truth = np.stack([world.render(s, 25, 64, 64) for s in scenes])
