@@ -25,7 +25,7 @@ from videomar import Cache, Config, Diffusion, VideoMAR, progressive_temperature
 
 
 # ---------------------------------------------------------------------------------------------------- sampling
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: in it autocast casts every weight again for each use
 def generate(model, given, captions, frames, steps=None, diffusion_steps=None, cfg=None, cfg_schedule="linear",
              temperature=None, use_cache=True, progress=False, then=None, keep=None):
     """Continues latents: given (batch, n0, h, w, C) and captions -> (batch, frames, h, w, C), the given ones first.
@@ -296,7 +296,7 @@ def main():
     print(f"checkpoint {a.ckpt}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {frames} frames {size[0]}x{size[1]}")
     options = dict(steps=a.steps, diffusion_steps=a.diffusion_steps, cfg=a.cfg, cfg_schedule=a.cfg_schedule,
                    temperature=a.temperature, use_cache=not a.no_cache)
-    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         if a.eval:
             return evaluate(model, tokenizer, a.eval, frames, size, options, a.out or Path("out/eval.gif"), a.fps, context, a.prompt)
         if a.prompts:

@@ -60,6 +60,7 @@ def need_av(what):
     return av
 
 
+@lru_cache(100_000)  # of a moving picture or a video it reads the whole file
 def timeline(path):
     """When each picture of a clip appears, and when the last one goes, in seconds; pictures in a folder count as one a second."""
     if path.is_dir():
@@ -297,7 +298,7 @@ def encode(folder, out, tokenizer, frames, size, fps, device, text=None, each=25
         latents, captions, states = [], [], []
         for j in range(i * each, min((i + 1) * each, len(source.clips))):
             if clip := source.read(j, frames, size, 0.5):
-                with torch.inference_mode():
+                with torch.no_grad():
                     latents.append(tokenizer.encode(to_float(torch.from_numpy(clip[0][None])).to(device))[0].cpu().numpy().astype(np.float16))
                     states.append(text.one(clip[1]).float().numpy().astype(np.float16) if text else np.zeros((1, 1)))
                 captions.append(clip[1].encode())

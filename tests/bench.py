@@ -123,7 +123,7 @@ def next_token_step(model, x, text, turn, cache, diffusion, cfg):
 
 
 # ----------------------------------------------------------------------------------------------------- two benches
-@torch.inference_mode()
+@torch.no_grad()
 def bench_sample(a, model, device, grid, frames):
     c, n, batch = model.config, grid[0] * grid[1], a.batch or 1
     given, captions = torch.randn(batch, 1, *grid, c.channels, device=device), [CAPTION] * batch

@@ -64,7 +64,7 @@ class Lab:
         if had and had["args"]["steps"] != steps:
             raise Bad(f"{out}: was trained with --steps {had['args']['steps']}, not {steps}; remove it, or choose another --out")
         if not had or had["step"] < sum(steps):
-            args += ["--resume"] if had else ["--frames", frames, "--seed", str(seed), "--steps", ",".join(map(str, steps)), "--first", "0", "--batch", "8",
+            args += ["--resume"] if had else ["--frames", frames, "--seed", str(seed), "--steps", ",".join(map(str, steps)), "--first", "0", "--batch", "8", "--lr", "1.5e-3",
                                               *map(str, options)]
             out.mkdir(parents=True, exist_ok=True)
             with (out / "train.log").open("a") as log:
@@ -79,7 +79,7 @@ class Lab:
 
     def inference(self):
         stack = contextlib.ExitStack()
-        stack.enter_context(torch.inference_mode())
+        stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32))
         return stack
 

@@ -377,6 +377,19 @@ def test_a_clip_is_the_same_with_and_without_cache(cfg, given):
     assert torch.equal(clips[0][:, :given], clip(given)) and clips[0][:, given:].std() > 0.1
 
 
+def test_a_diffusion_step_casts_activations_alone():
+    """Under autocast a weight is cast once a clip, not again for every product."""
+    model = tiny_model()
+
+    def casts(steps):
+        with torch.autocast("cpu", torch.bfloat16), torch.profiler.profile() as p:
+            generate(model, clip(1), CAPTIONS, 2, diffusion_steps=steps)
+        return sum(e.count for e in p.key_averages() if e.key == "aten::_to_copy")
+
+    steps = len(unmask_counts(N, model.config.unmask_steps))
+    assert (casts(6) - casts(4)) / 2 / steps < 16  # 10; eight weights and as many biases would make it 26
+
+
 def test_seed_decides_the_clip():
     model = tiny_model()
     make = lambda seed: (torch.manual_seed(seed), generate(model, clip(1), CAPTIONS, 3))[1]
