@@ -202,15 +202,18 @@ def steps(lab):
 
 
 def blinking(seed, frames=25):
-    """A cat whose eyes close for 4 frames of every 12: not in the world, whose captions know no such verb."""
+    """A cat whose eyes close for one latent frame in three: not in the world, whose captions know no such verb. Seeds
+    take the eight colours in turn."""
     rng = np.random.default_rng((seed, 3))
-    colour, ground = rng.permutation(list(world.COLOURS))[:2]
+    colours = list(world.COLOURS)
+    colour = colours.pop(seed % len(colours))
+    ground = rng.choice(colours)
     r = rng.uniform(0.17, 0.25)
     x, y = rng.uniform(r, 1 - r, 2)
     angle = rng.uniform(0, 2 * np.pi)
     draw_as = lambda shape: world.render(world.Scene([world.Sprite(shape, str(colour), "stays still", x, y, r)], str(ground), angle), frames, 64, 64)
     awake, asleep = draw_as("cat"), draw_as("cat asleep")  # drawn as a cat, but without the eyes
-    closed = np.arange(frames) % 12 // 4 == 1
+    closed = (np.arange(frames) - 1) % 12 // 4 == 1
     video = np.where(closed[:, None, None, None], asleep, awake)
     return video, f"a {colour} cat blinks on a {ground} background", (awake != asleep).any((0, 3)), closed
 
