@@ -40,7 +40,7 @@ from videomar import PRESETS, VideoMAR
 
 STEPS = {"toy": (1400, 200, 770), "paper": (50000, 50000, 100000)}  # of three stages: 5, 13 and 25 frames
 OPTIMISER = {"toy": "muon", "paper": "adamw"}
-RATE = {"toy": 1.5e-3, "paper": 1e-4}  # one that suits a small model, and the paper's
+RATE = {"toy": 8e-4, "paper": 1e-4}  # one that suits a small model, and the paper's
 
 
 def numbers(text):
