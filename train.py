@@ -158,11 +158,11 @@ def plan(argv=None):
     return a, checkpoint, tokenizer, source, device
 
 
-def part_of_batch(a, source, step, part, parts, frames, turn=0):
+def part_of_batch(a, source, step, part, parts, frames, turn=0, whole=None):
     """The clips of one part of step's batch: a function of (seed, step, part) and nothing else."""
     each = a.batch // parts
     first = a.seed * 2**40 + step * a.batch + part * each
-    return source.batch(range(first, first + each), frames, a.size, turn)
+    return source.batch(range(first, first + each), frames, a.size, turn, whole)
 
 
 def rate_at(a, step):
@@ -364,9 +364,10 @@ def main():
     def load_step(step):
         """Drawn only as far as it is used: up to latent frame t, unless later ones are read. Motions change before t."""
         t = t_of(step)
-        frames = 1 + t * a.stride[0] if config.cuts else a.frames[stage_of(step)]
+        whole = a.frames[stage_of(step)]
+        frames = 1 + t * a.stride[0] if config.cuts else whole
         turn = (t - 1) * a.stride[0] if config.loss == "next-frame" and a.first else 0
-        return [part_of_batch(a, source, step, rank + world_size * i, a.parts, frames, turn) for i in range(a.accumulate)]
+        return [part_of_batch(a, source, step, rank + world_size * i, a.parts, frames, turn, whole) for i in range(a.accumulate)]
 
     waited, start, first_step = 0.0, time.time(), step
     bar = tqdm(total=ends[-1], initial=step, disable=rank > 0, smoothing=0.05, mininterval=1)

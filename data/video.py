@@ -85,16 +85,16 @@ def stills(folder):
     return sorted(files, key=lambda f: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", f.name)])
 
 
-def pictures(path, frames, fps, u):
+def pictures(path, frames, fps, u, whole):
     """Yields the pictures that read_clip is of, full size."""
     times, length = timeline(path)
     count = int(length * fps + 1e-6) if fps else len(times)
-    if count < frames:
-        raise Bad(f"{path}: {count} frames, {frames} are needed; give a longer one or ask for fewer (--frames, --context)")
+    if count < whole:
+        raise Bad(f"{path}: {count} frames, {whole} are needed; give a longer one or ask for fewer (--frames, --context)")
     if fps:  # what is on the screen at these moments
-        chosen = np.searchsorted(times, u * (length - frames / fps) + np.arange(frames) / fps + 1e-6, side="right") - 1
+        chosen = np.searchsorted(times, u * (length - whole / fps) + np.arange(frames) / fps + 1e-6, side="right") - 1
     else:
-        chosen = round(u * (count - frames)) + np.arange(frames)
+        chosen = round(u * (count - whole)) + np.arange(frames)
     if path.is_dir():
         files = stills(path)
         yield from (to_rgb(Image.open(files[i])) for i in chosen)
@@ -116,12 +116,12 @@ def pictures(path, frames, fps, u):
                 yield to_rgb(image)
 
 
-def read_clip(path, size, frames=1, fps=None, u=0.0):
+def read_clip(path, size, frames=1, fps=None, u=0.0, whole=None):
     """`frames` pictures of a file or of a folder of pictures, centre-cropped to the aspect of `size` (height, width) and
-    resized -> uint8 (frames, H, W, 3). fps: pictures a second, all of them by default; u in [0, 1]: where in the clip.
-    Raises Bad."""
+    resized -> uint8 (frames, H, W, 3). fps: pictures a second, all of them by default; u in [0, 1]: where in the clip
+    `whole` pictures are taken (`frames`), of which these are the first. Raises Bad."""
     try:
-        clip = [np.asarray(ImageOps.fit(p, (size[1], size[0]), Image.Resampling.LANCZOS)) for p in pictures(path, frames, fps, u)]
+        clip = [np.asarray(ImageOps.fit(p, (size[1], size[0]), Image.Resampling.LANCZOS)) for p in pictures(path, frames, fps, u, whole or frames)]
         if len(clip) < frames:
             raise EOFError  # the file ends before its own index does
         return np.stack(clip)
@@ -143,13 +143,13 @@ def draw(seeds, frames, size, held_out=False, turn=0):
 
 
 class World:
-    """What the training loop asks of clips: `batch`, a function of the seeds; `held_out`, some for the film strips; `about`, a
+    """What the training loop asks of clips: `batch`, a function of the seeds, the first frames of clips of `whole` ones; `held_out`, some for the film strips; `about`, a
     line for the plan; and what was `skipped`. Here of the drawn world."""
 
     def __init__(self):
         self.about, self.skipped = "drawn world", {}
 
-    def batch(self, seeds, frames, size, turn=0):
+    def batch(self, seeds, frames, size, turn=0, whole=None):
         return draw(seeds, frames, size, turn=turn)
 
     def held_out(self, count, frames, size):
@@ -185,11 +185,11 @@ class Folder(World):
         except Exception:  # told when it is to be read
             return 0
 
-    def read(self, i, frames, size, u):
+    def read(self, i, frames, size, u, whole=None):
         """Clip i and its caption, or None if it cannot be used."""
         path, caption = self.clips[i]
         try:
-            return read_clip(path, size, frames, self.fps, u), caption
+            return read_clip(path, size, frames, self.fps, u, whole), caption
         except Bad as e:
             if "package av" in str(e):
                 raise
@@ -197,12 +197,12 @@ class Folder(World):
                 self.skipped[path] = str(e)
                 tqdm.write(f"warning: skipped {str(e).split(';')[0]}", sys.stderr)
 
-    def batch(self, seeds, frames, size, turn=0):
+    def batch(self, seeds, frames, size, turn=0, whole=None):
         """Which clip and where in it: a function of the seed, for any number of workers. Raises Bad if none can be used."""
         out = []
         for seed in seeds:
             draws = np.random.default_rng((seed, 1))
-            tries = (self.read(int(draws.integers(len(self.clips))), frames, size, draws.random()) for _ in range(20 + 20 * len(self.clips)))
+            tries = (self.read(int(draws.integers(len(self.clips))), frames, size, draws.random(), whole) for _ in range(20 + 20 * len(self.clips)))
             out.append(next((clip for clip in tries if clip), None) or self.nothing())
         clips, captions = zip(*out)
         return torch.from_numpy(np.stack(clips)), list(captions)
@@ -238,7 +238,7 @@ class Latents(World):
         except (OSError, ValueError) as e:
             raise Bad(f"--data {self.folder}: shard {i} is missing or damaged ({type(e).__name__}); remove its files and run tokenizer.py --encode again") from None
 
-    def batch(self, seeds, frames, size, turn=0):
+    def batch(self, seeds, frames, size, turn=0, whole=None):
         """-> latents float32 (batch, T, h, w, C), captions, which carry the states of the text if there are any."""
         out, captions = [], []
         for seed in seeds:

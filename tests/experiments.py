@@ -246,7 +246,7 @@ def finetune(lab):
         return {"psnr": psnr(made[:, :, 1:], truth[:, :, 1:]).mean().item(), "eyes": float(np.mean(score))}
 
     before = lab.once("before", lambda: f(lab.ckpt, "before"))
-    tuned = lab.train("blink", 0, "--data", clips, "--init", lab.ckpt, "--lr", "1e-3", frames="25", steps=[800])
+    tuned = lab.train("blink", 0, "--data", clips, "--init", lab.ckpt, "--lr", "5e-4", frames="25", steps=[800])
     after = lab.once("after", lambda: f(tuned, "after"))
     lab.table(["", "PSNR, dB", "frames in which the eyes are open or closed as they should"],
               [[n, f"{r['psnr']:.2f}", f"{r['eyes']:.2f}"] for n, r in (("before", before), ("after 800 steps on 8 clips", after))])

@@ -52,6 +52,8 @@ def test_a_folder_of_clips(folder, capsys):
     for clip, caption in zip(video.numpy(), captions):
         assert abs(clip.astype(int) - truth[caption]).mean() < 6  # a GIF has 256 colours
     assert all(torch.equal(a, b) for a, b in zip(source.batch([7], 9, SIZE)[0], Folder(folder / "clips").batch([7], 9, SIZE)[0]))
+    # What is cut after frame t is the beginning of the same clip, not another place in it.
+    assert torch.equal(source.batch(range(9), 5, SIZE, whole=9)[0], source.batch(range(9), 9, SIZE)[0][:, :5])
     starts = {next(i for i in range(5) if abs(clip[0].astype(int) - truth[caption][i]).mean() < 3)
               for clip, caption in zip(source.batch(range(60), 5, SIZE)[0].numpy(), source.batch(range(60), 5, SIZE)[1]) if "clip" and np.ptp(truth[caption], 0).any()}
     assert len(starts) > 2  # clips start anywhere
