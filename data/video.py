@@ -143,8 +143,8 @@ def draw(seeds, frames, size, held_out=False, turn=0):
 
 
 class World:
-    """What the training loop asks of clips: `batch`, a function of the seeds, the first frames of clips of `whole` ones; `held_out`, some for the film strips; `about`, a
-    line for the plan; and what was `skipped`. Here of the drawn world."""
+    """What the training loop asks of clips: `batch`, a function of the seeds: the first frames of clips that have `whole`;
+    `held_out`, some for the film strips; `about`, a line for the plan; and what was `skipped`. Here of the drawn world."""
 
     def __init__(self):
         self.about, self.skipped = "drawn world", {}
