@@ -30,8 +30,8 @@ def generate(model, given, captions, frames, steps=None, diffusion_steps=None, c
              temperature=None, use_cache=True, progress=False, then=None, keep=None):
     """Continues latents: given (batch, n0, h, w, C) and captions -> (batch, frames, h, w, C), the given ones first.
 
-    n0 = 0 is text-to-video. Frame 0, if it is made, takes 8 times the steps. then: {latent frame: captions from there on};
-    what the cache holds stays. keep (h, w), bool: editing; all frames are given, their tokens where it is True stay.
+    n0 = 0 is text-to-video. Frame 0, if it is made, takes 8 times the steps and a guidance of 5. then: {latent frame:
+    captions from there on}; what the cache holds stays. keep (h, w), bool: editing; all frames are given, their tokens where it is True stay.
 
     steps: unmasking steps a frame (K), diffusion_steps: of a token, cfg: guidance on the noise, 1 is the conditional
     model alone, temperature: a number, or "progressive" (paper App. B); None for any of the four takes the
@@ -49,8 +49,8 @@ def generate(model, given, captions, frames, steps=None, diffusion_steps=None, c
     n0 = n0 if keep is None else 0  # finished frames
     use_cache = use_cache and config.attention == "causal"
     diffusion = Diffusion(config.diffusion_steps, diffusion_steps).to(device)
-    # Frame 0, if it is made, has no frame to follow: colder than 1 it would be the likeliest picture, an empty one.
-    heat = torch.tensor([1.0 if t == 0 else progressive_temperature(max(0, t - n0)) if temperature == "progressive" else temperature
+    # Frame 0, if it is made, has no frame to follow, the text alone: cold or unguided it would be the likeliest picture, an empty one.
+    heat = torch.tensor([0.8 if t == 0 else progressive_temperature(max(0, t - n0)) if temperature == "progressive" else temperature
                          for t in range(frames)], device=device)
     x = torch.zeros(batch, frames * n, channels, device=device)
     x[:, :given.shape[1] * n] = given.flatten(1, 3)
@@ -77,14 +77,15 @@ def generate(model, given, captions, frames, steps=None, diffusion_steps=None, c
         tokens = len(places)
         order = places[torch.rand(batch, tokens, device=device).argsort(1)]  # random, for each clip (MAR)
         # Tokens of one step are drawn blind to each other: in frame 0, whose first ones decide where things are, that made twins.
-        counts, done = unmask_counts(tokens, steps * (last - first if first else 8)), 0
+        alone = last == 1
+        counts, done = unmask_counts(tokens, steps * (8 if alone else last - first)), 0
         start, end = (first if use_cache else 0), (last if config.attention == "causal" else frames)
         for count in tqdm(counts, "steps", leave=False, disable=not progress):
             chosen = order[:, done:done + count]
             done += count
             h = hidden(start, end)[:, (first - start) * n:]
             z = h.take_along_dim((chosen - first * n).repeat(branches, 1)[..., None], 1).flatten(0, 1)
-            scale = 1 + (cfg - 1) * done / tokens if cfg_schedule == "linear" else cfg
+            scale = max(cfg, 5.0) if alone else 1 + (cfg - 1) * done / tokens if cfg_schedule == "linear" else cfg
             new = diffusion.sample(model.head.given(z, diffusion.timesteps), torch.randn(chosen.numel(), channels, device=device),
                                    heat[chosen // n].view(-1, 1), None if branches == 1 else scale, config.clamp)
             x.scatter_(1, chosen[..., None].expand(-1, -1, channels), new.view(batch, count, channels))

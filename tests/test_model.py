@@ -447,15 +447,17 @@ def test_any_size_and_length(grid, frames):
 
 
 def test_text_to_video_starts_from_nothing(monkeypatch):
-    """Frame 0 is a frame like the others: filled from the text, in smaller steps, then in the cache."""
+    """Frame 0 is a frame like the others: filled from the text, in smaller steps and strongly guided, then in the cache."""
     model, nothing = tiny_model(), torch.zeros(2, 0, *GRID, 16)
     make = lambda captions, **k: (torch.manual_seed(3), generate(model, nothing, captions, 3, **k))[1]
     assert torch.allclose(make(CAPTIONS), make(CAPTIONS, use_cache=False), atol=1e-3)
     assert (make(CAPTIONS)[:, 0] - make(CAPTIONS[::-1])[:, 0]).abs().amax((1, 2, 3)).min() > 1e-2
     steps, real = [], sample.unmask_counts
     monkeypatch.setattr(sample, "unmask_counts", lambda n, k: steps.append(k) or real(n, k))
-    make(CAPTIONS, steps=2)
-    assert steps == [16, 2, 2]
+    scales, real_sample = [], Diffusion.sample
+    monkeypatch.setattr(Diffusion, "sample", lambda self, net, x, heat, scale, clamp: scales.append(scale) or real_sample(self, net, x, heat, scale, clamp))
+    make(CAPTIONS, steps=2, cfg=1.5)
+    assert steps == [16, 2, 2] and set(scales[:-4]) == {5.0} and max(scales[-4:]) == 1.5
 
 
 def test_a_later_prompt_changes_later_frames_alone():
