@@ -30,7 +30,7 @@ def generate(model, given, captions, frames, steps=None, diffusion_steps=None, c
              temperature=None, use_cache=True, progress=False, then=None, keep=None):
     """Continues latents: given (batch, n0, h, w, C) and captions -> (batch, frames, h, w, C), the given ones first.
 
-    n0 = 0 is text-to-video. Frame 0, if it is made, takes 8 times the steps and a guidance of 5. then: {latent frame:
+    n0 = 0 is text-to-video. Frame 0, if it is made, takes 8 times the steps and a guidance of at least 5. then: {latent frame:
     captions from there on}; what the cache holds stays. keep (h, w), bool: editing; all frames are given, their tokens where it is True stay.
 
     steps: unmasking steps a frame (K), diffusion_steps: of a token, cfg: guidance on the noise, 1 is the conditional
@@ -46,16 +46,16 @@ def generate(model, given, captions, frames, steps=None, diffusion_steps=None, c
     n = grid[0] * grid[1]
     # Without `keep`: the given frames stay, and all tokens of the others are made.
     stays = torch.arange(frames * n, device=device) < n0 * n if keep is None else keep.flatten().repeat(frames)
-    n0 = n0 if keep is None else 0  # finished frames
+    finished = n0 if keep is None else 0  # frames
     use_cache = use_cache and config.attention == "causal"
     diffusion = Diffusion(config.diffusion_steps, diffusion_steps).to(device)
     # Frame 0, if it is made, has no frame to follow, the text alone: cold or unguided it would be the likeliest picture, an empty one.
-    heat = torch.tensor([0.8 if t == 0 else progressive_temperature(max(0, t - n0)) if temperature == "progressive" else temperature
-                         for t in range(frames)], device=device)
+    later = [progressive_temperature(max(0, t - finished)) if temperature == "progressive" else temperature for t in range(1, frames)]
+    temperatures = torch.tensor([0.8, *later], device=device)  # of each frame
     x = torch.zeros(batch, frames * n, channels, device=device)
     x[:, :given.shape[1] * n] = given.flatten(1, 3)
     masked = (~stays).repeat(batch, 1)
-    branches = 1 if cfg == 1 else 2  # the conditional one, and behind it in the batch the one with the null text
+    branches = 1 if cfg == 1 and finished else 2  # the conditional one, and behind it in the batch the one with the null text
     null = torch.arange(batch * branches, device=device) >= batch
     text = model.read_text(captions * branches, null)
     cache = Cache(config, batch * branches, frames * n, device, text[0][0].dtype) if use_cache else None
@@ -65,34 +65,34 @@ def generate(model, given, captions, frames, steps=None, diffusion_steps=None, c
         part = slice(first * n, last * n)
         return model.hidden(x[:, part].repeat(branches, 1, 1), masked[:, part].repeat(branches, 1), text, grid, first, cache)
 
-    if use_cache and n0:
-        hidden(0, n0)
-        cache.keep(n0 * n)
+    if use_cache and finished:
+        hidden(0, finished)
+        cache.finish(finished * n)
     # Next-frame: one frame after the other. Total-mask: all of them as one large picture.
-    parts = [(t, t + 1) for t in range(n0, frames)] if config.loss == "next-frame" else [(n0, frames)] * (frames > n0)
+    parts = [(t, t + 1) for t in range(finished, frames)] if config.loss == "next-frame" else [(finished, frames)] if finished < frames else []
     for first, last in tqdm(parts, "latent frames", disable=not progress):
         if then and first in then:
             text = model.read_text(then[first] * branches, null)
         places = first * n + (~stays[first * n:last * n]).nonzero()[:, 0]
         tokens = len(places)
         order = places[torch.rand(batch, tokens, device=device).argsort(1)]  # random, for each clip (MAR)
-        # Tokens of one step are drawn blind to each other: in frame 0, whose first ones decide where things are, that made twins.
-        alone = last == 1
-        counts, done = unmask_counts(tokens, steps * (8 if alone else last - first)), 0
+        makes_first = last == 1  # frame 0: more steps, since tokens of one step do not see each other and two sprites began at once
+        counts, done = unmask_counts(tokens, steps * (8 if makes_first else last - first)), 0
         start, end = (first if use_cache else 0), (last if config.attention == "causal" else frames)
         for count in tqdm(counts, "steps", leave=False, disable=not progress):
             chosen = order[:, done:done + count]
             done += count
             h = hidden(start, end)[:, (first - start) * n:]
             z = h.take_along_dim((chosen - first * n).repeat(branches, 1)[..., None], 1).flatten(0, 1)
-            scale = max(cfg, 5.0) if alone else 1 + (cfg - 1) * done / tokens if cfg_schedule == "linear" else cfg
+            guidance = 1 + (cfg - 1) * done / tokens if cfg_schedule == "linear" else cfg
+            guidance = max(cfg, 5.0) if makes_first else guidance
             new = diffusion.sample(model.head.given(z, diffusion.timesteps), torch.randn(chosen.numel(), channels, device=device),
-                                   heat[chosen // n].view(-1, 1), None if branches == 1 else scale, config.clamp)
+                                   temperatures[chosen // n].view(-1, 1), None if branches == 1 else guidance, config.clamp)
             x.scatter_(1, chosen[..., None].expand(-1, -1, channels), new.view(batch, count, channels))
             masked.scatter_(1, chosen, False)
         if use_cache and last < frames:
             hidden(first, last)  # once more, now that the frame is finished: these keys and values stay
-            cache.keep(n)
+            cache.finish(n)
     return x.view(batch, frames, *grid, channels)
 
 

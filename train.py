@@ -92,7 +92,7 @@ def options_parser():
     return p
 
 
-def plan(argv=None):
+def setup(argv=None):
     """The arguments, checked; with --resume the checkpoint they start from; tokenizer, clips and device. Raises Bad."""
     parser, checkpoint = options_parser(), None
     a = parser.parse_args(argv)
@@ -222,7 +222,7 @@ def shard(model, device, world_size):
     for part in (*model.blocks, model.head, model):
         fully_shard(part, mesh=mesh)
     for block in model.blocks:  # called from outside its forward
-        register_fsdp_forward_method(block, "read_text")
+        register_fsdp_forward_method(block, "text_keys_values")
 
 
 def whole(state):
@@ -236,7 +236,7 @@ def whole(state):
 
 def main():
     # ---------------------------------------------------------------------------------------------------- plan
-    a, checkpoint, tokenizer, source, device = plan()
+    a, checkpoint, tokenizer, source, device = setup()
     config = replace(PRESETS[a.preset], attention=a.attention, loss=a.loss, position=a.position, channels=tokenizer.channels)
     if a.plan:
         return show_plan(a, config)
@@ -362,12 +362,11 @@ def main():
         return 0 if draws.random() < a.first else draws.randint(1, (a.frames[stage_of(step)] - 1) // a.stride[0])
 
     def load_step(step):
-        """Drawn only as far as it is used: up to latent frame t, unless later ones are read. Motions change before t."""
-        t = t_of(step)
-        whole = a.frames[stage_of(step)]
-        frames = 1 + t * a.stride[0] if config.cuts else whole
+        """Clips as far as they are used: to the end of latent frame t, unless later ones are read. A motion that changes does so before t."""
+        t, length = t_of(step), a.frames[stage_of(step)]
+        frames = 1 + t * a.stride[0] if config.cuts else length
         turn = (t - 1) * a.stride[0] if config.loss == "next-frame" and a.first else 0
-        return [part_of_batch(a, source, step, rank + world_size * i, a.parts, frames, turn, whole) for i in range(a.accumulate)]
+        return [part_of_batch(a, source, step, rank + world_size * i, a.parts, frames, turn, length) for i in range(a.accumulate)]
 
     waited, start, first_step = 0.0, time.time(), step
     bar = tqdm(total=ends[-1], initial=step, disable=rank > 0, smoothing=0.05, mininterval=1)
@@ -389,8 +388,8 @@ def main():
             with autocast(), (nullcontext() if last or learner is model else learner.no_sync()):
                 with torch.no_grad():
                     latents = to_latents(video)
-                    # Ours, as if the tokenizer were a VAE. Over all diffusion steps the loss is about atan(a token's error), steepest
-                    # at 0: without a floor, ever finer still backgrounds pay more than sprites in the right place.
+                    # Ours, as if the tokenizer were a VAE. Over all diffusion steps an error s of a token costs about s / (1 + s), most steeply
+                    # near 0: without a floor, ever finer still backgrounds pay more than sprites in the right place.
                     latents = latents + a.noise * torch.randn_like(latents)
                 loss = learner(latents, captions, t) / len(batch)
                 loss.backward()
@@ -401,8 +400,8 @@ def main():
             optimiser.zero_grad(set_to_none=True)
         step += 1
         with torch.no_grad():  # at the start the average spans the last tenth of the steps so far
-            mine = lambda net: [p.to_local() if a.shard else p for p in net.parameters()]
-            torch._foreach_lerp_(mine(ema), mine(model), 1 - min(a.ema, 1 - 10 / (step + 10)))
+            local = lambda net: [p.to_local() if a.shard else p for p in net.parameters()]
+            torch._foreach_lerp_(local(ema), local(model), 1 - min(a.ema, 1 - 10 / (step + 10)))
         halt = bool(stop)  # read once a step, since a signal may come at any moment
         if world_size > 1:  # all ranks stop after the same step
             flag = torch.tensor(float(halt), device=device)

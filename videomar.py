@@ -30,8 +30,8 @@ class Config:
     head_layers: int = 3  # the diffusion MLP, paper 5.1
     head_dim: int = 1280
     text_dim: int = 1536  # width of the text encoder's states
-    rope_top: float = 2.5  # ours: the fastest rotation, radians a token, and the base by whose powers the others are slower
-    rope_base: float = 100.0
+    rope_top: float = 2.5  # the fastest rotation, radians a token (ours)
+    rope_base: float = 100.0  # by whose powers the others are slower (ours)
     diffusion_steps: int = 1000  # paper 5.1
     diffusion_repeats: int = 4  # noise draws for every masked token, MAR
     snr_clip: float = math.inf  # of the loss's weights, see Diffusion.loss
@@ -76,7 +76,8 @@ def axis_dims(dim):
 def rope_angles(positions, dim, base, top=1.0):
     """3D-RoPE (paper 4.3): the angles by which pairs of channels turn -> (tokens, dim / 2).
 
-    The fastest pair of an axis turns by `top` radians a token. Each axis has channels of its own, so the product of a turned query and a turned key depends on the three offsets.
+    The fastest pair of an axis turns by `top` radians a token. Each axis has channels of its own, so the product of a
+    turned query and a turned key depends on the three offsets.
     """
     angles = []
     for p, d in zip(positions.unbind(-1), axis_dims(dim)):
@@ -115,7 +116,7 @@ class Cache:
     """Self-attention's keys (already turned) and values of the finished frames, per layer, in buffers allocated once
     (paper 4.3).
 
-    The slot after the finished frames belongs to the frame in the making: each step overwrites it in place, and `keep`
+    The slot after the finished frames belongs to the frame in the making: each step overwrites it in place, and `finish`
     keeps it. Guidance doubles the batch: the branch with the caption and the one with the null text have a half of the
     buffers each, since above the first block the keys depend on the text that was read below.
     """
@@ -132,8 +133,8 @@ class Cache:
         self.buffer[layer, 1, :, :, self.length:end] = v
         return self.buffer[layer, 0, :, :, :end], self.buffer[layer, 1, :, :, :end]
 
-    def keep(self, tokens):
-        """What was written last, of so many tokens, is finished."""
+    def finish(self, tokens):
+        """What was written last, of so many tokens, is kept."""
         self.length += tokens
 
 
@@ -169,12 +170,13 @@ class Block(nn.Module):
         self.cross_q, self.cross_kv, self.cross_out = nn.Linear(d, d), nn.Linear(d, 2 * d), nn.Linear(d, d)
         self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d))
 
-    def read_text(self, states):
+    def text_keys_values(self, states):
         """Text states (batch, word, dim) -> keys and values of the cross-attention, the same for every step."""
         return rearrange(self.cross_kv(states), "b l (two h d) -> two b h l d", two=2, h=self.heads)
 
     def forward(self, x, turn, text, text_mask, n, cache=None, last_frame=False):
-        """x (batch, frames * n, dim); turn: cosines and sines of `rope_angles`; text: from `read_text`; last_frame: its queries alone."""
+        """x (batch, frames * n, dim); turn: cosines and sines of `rope_angles`; text: from `text_keys_values`; n: tokens
+        a frame; cache: of earlier frames; last_frame: compute that frame's outputs alone."""
         q, k, v = rearrange(self.qkv(self.norm1(x)), "b l (three h d) -> three b h l d", three=3, h=self.heads)
         if turn is not None:
             q, k = rotate(q, *turn), rotate(k, *turn)
@@ -206,17 +208,17 @@ class Diffusion(nn.Module):
         abar = abar[timesteps]
         before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
         beta = 1 - abar / before
-        variance = beta * (1 - before) / (1 - abar)  # of the posterior q(x_{t-1} | x_t, x_0)
+        variance = beta * (1 - before) / (1 - abar)  # of the posterior q(x_{i-1} | x_i, x_0)
         variance[0] = variance[1] if steps > 1 else beta[0]  # it is 0 there and its logarithm is wanted
         coefficients = torch.stack([
-            abar.sqrt(), (1 - abar).sqrt(),  # x_t = a x_0 + s noise
+            abar.sqrt(), (1 - abar).sqrt(),  # x_i = a x_0 + s noise
             beta * before.sqrt() / (1 - abar), (1 - before) * (1 - beta).sqrt() / (1 - abar),  # posterior mean
             variance.log(), beta.log()])  # the two bounds of the learned log variance
         self.register_buffer("table", coefficients.float()[..., None, None], persistent=False)  # (6, steps, 1, 1)
         self.register_buffer("timesteps", timesteps, persistent=False)
 
     def q_sample(self, x0, i, noise):
-        """x_t of step i (tokens,) from x_0 and noise (tokens, C)."""
+        """x_i of step i (tokens,) from x_0 and noise (tokens, C)."""
         a, s = self.table[:2, i, 0]
         return a * x0 + s * noise
 
@@ -225,7 +227,7 @@ class Diffusion(nn.Module):
         return (x - s * eps) / a
 
     def posterior(self, x0, x, i, v):
-        """Mean and log variance of p(x_{t-1} | x_t); v in [-1, 1] places the latter between its bounds."""
+        """Mean and log variance of p(x_{i-1} | x_i); v in [-1, 1] places the latter between its bounds."""
         c0, cx, low, high = self.table[2:, i, 0]
         return c0 * x0 + cx * x, low + (v + 1) / 2 * (high - low)
 
@@ -233,7 +235,7 @@ class Diffusion(nn.Module):
         """MAR's hybrid loss of tokens x0 (tokens, C), given z (tokens, dim) -> per token (tokens,).
 
         Mean square error of the noise, plus the variational term (I-DDPM eq. 4) that teaches the variance alone:
-        the mean in it is detached. net(x_t, timestep, z) -> (tokens, 2C). An error e of x_0 weighs SNR e^2 in it, which
+        the mean in it is detached. net(x_i, timestep, z) -> (tokens, 2C). An error e of x_0 weighs SNR e^2 in it, which
         at the low-noise steps is all about still backgrounds: snr_clip bounds that weight (min-SNR, Hang et al. 2023).
         """
         i = torch.randint(self.steps, x0.shape[:1], device=x0.device)
@@ -346,7 +348,7 @@ class VideoMAR(nn.Module):
         null = null | torch.tensor([not c.strip() for c in captions], device=null.device)
         states = torch.where(null[:, None, None], self.null_text, states)
         states = self.text_in(states)
-        return [block.read_text(states) for block in self.blocks], (mask | null[:, None])[:, None, None]
+        return [block.text_keys_values(states) for block in self.blocks], (mask | null[:, None])[:, None, None]
 
     def hidden(self, x, masked, text, grid, start=0, cache=None, last_frame=False):
         """Hidden states of some frames of a clip.

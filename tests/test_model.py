@@ -456,8 +456,11 @@ def test_text_to_video_starts_from_nothing(monkeypatch):
     monkeypatch.setattr(sample, "unmask_counts", lambda n, k: steps.append(k) or real(n, k))
     scales, real_sample = [], Diffusion.sample
     monkeypatch.setattr(Diffusion, "sample", lambda self, net, x, heat, scale, clamp: scales.append(scale) or real_sample(self, net, x, heat, scale, clamp))
-    make(CAPTIONS, steps=2, cfg=1.5)
-    assert steps == [16, 2, 2] and set(scales[:-4]) == {5.0} and max(scales[-4:]) == 1.5
+    for cfg in (1.0, 1.5):
+        steps.clear()
+        scales.clear()
+        make(CAPTIONS, steps=2, cfg=cfg)
+        assert steps == [16, 2, 2] and set(scales[:-4]) == {5.0} and max(scales[-4:]) == cfg
 
 
 def test_a_later_prompt_changes_later_frames_alone():

@@ -154,7 +154,7 @@ train.run(train.main)"""))
 
 
 def test_batches_are_a_function_of_seed_step_and_part():
-    a, *_, source, _ = train.plan(["--batch", "4", "--size", "16x16"])
+    a, *_, source, _ = train.setup(["--batch", "4", "--size", "16x16"])
     part = lambda *args: train.part_of_batch(a, source, *args, 5)
     (whole, words), first, second = part(3, 0, 1), part(3, 0, 2), part(3, 1, 2)
     assert torch.equal(whole, torch.cat([first[0], second[0]])) and words == first[1] + second[1]
@@ -189,20 +189,20 @@ def test_the_plan_agrees_with_a_run(folder, monkeypatch, tiny_files, capsys):
         moments = sum(v.numel() for o in state["optimiser"] for values in o["state"].values() for v in values.values())
         params = sum(v.numel() for v in state["ema"].values())
         want = 4 * (moments + 3 * params)  # parameters, gradients, average
-        a, *_ = train.plan([*map(str, args)])
+        a, *_ = train.setup([*map(str, args)])
         assert train.state_bytes(tiny_model(), a) == pytest.approx(want, rel=0.02)
         capsys.readouterr()
         assert run_train(monkeypatch, *args, "--plan", "--gpus", 4) == 0
         out = capsys.readouterr().out
         assert "days on 4 GPUs" in out
-    a, *_ = train.plan(["--preset", "paper", "--size", "256x256", "--frames", "25", "--steps", "1", "--batch", "8"])
+    a, *_ = train.setup(["--preset", "paper", "--size", "256x256", "--frames", "25", "--steps", "1", "--batch", "8"])
     train.show_plan(a, videomar.PRESETS["paper"])
     flops = float(re.search(r"clips, (\S+) FLOPs a step", capsys.readouterr().out)[1])
     assert flops == pytest.approx(sum(bench.train_flops(videomar.PRESETS["paper"], 1024, 7, t, 8, True) for t in range(1, 7)) / 6, rel=0.05)
 
 
 def test_rate():
-    a, *_ = train.plan(["--frames", "5", "--steps", "100", "--warmup", "10", "--lr", "1", "--decay", "0.5"])
+    a, *_ = train.setup(["--frames", "5", "--steps", "100", "--warmup", "10", "--lr", "1", "--decay", "0.5"])
     assert [train.rate_at(a, s) for s in (0, 9, 49, 75)] == pytest.approx([0.1, 1, 1, 0.5])
     a.decay = 0.0
     assert train.rate_at(a, 99) == 1
