@@ -20,7 +20,7 @@ from tqdm import tqdm
 from data import measures, world
 from data.video import draw, enlarge, find, need_av, read_clip, read_csv, to_uint8, torchrun, write_strip, write_video
 from tokenizer import (DATA, Bad, Pretrained, Words, check_options, check_size, check_writable, choose_device, choose_dtype, load,
-                       parse_size, psnr, run, to_float, unpack)
+                       parse_numbers, psnr, run, to_float, unpack)
 from videomar import Cache, Config, Diffusion, VideoMAR, progressive_temperature, unmask_counts
 
 
@@ -132,7 +132,8 @@ def keep_outside(a, size, stride):
         region = torch.zeros(size, dtype=torch.bool)
         region[y0:y1, x0:x1] = True
     if not region.any():
-        raise Bad(f"{a.mask or '--box ' + a.box}: marks no pixel of a clip of {size[0]}x{size[1]}; " + ("paint the region white" if a.mask else "give y0,x0,y1,x1"))
+        what = f"{a.mask}: has no white pixel" if a.mask else f"--box {a.box}: marks no pixel"
+        raise Bad(f"{what} of a clip of {size[0]}x{size[1]}; paint the region white, or give y0,x0,y1,x1")
     return torch.nn.functional.max_pool2d(region[None, None].float(), stride[1:], stride[1:])[0, 0] == 0
 
 
@@ -155,7 +156,9 @@ def evaluate(model, tokenizer, count, frames, size, options, out, fps, context=1
         spans = [slice(1 + i, 1 + i + s) for i in range(last, frames - 1, s)]
         tables.append(torch.stack([torch.stack([psnr(v[:, :, f], truth[:, :, f]) for f in spans], -1) for v in rivals], 1))
         pixels = [[to_uint8(v[i]) for v in (truth, *rivals)] for i in range(len(truth))]
-        seen += [[measures.measure(v, real, world.scene(first + i, *size, held_out=True), last + 1) for v in others] for i, (real, *others) in enumerate(pixels)]
+        for i, (real, *others) in enumerate(pixels):
+            scene = world.scene(first + i, *size, held_out=True)
+            seen.append([measures.measure(v, real, scene, last + 1) for v in others])
         shown += [p[:2] for p in pixels][:20 - len(shown)]
     write_strip(out.with_name(f"{out.stem}-strip.png"), [clip for pair in shown for clip in pair], s)
     write_video(out, np.concatenate([np.concatenate(pair, 1) for pair in shown[:8]], 2), fps)
@@ -189,7 +192,7 @@ def many(a, model, tokenizer, frames, size, options, device, batch=8):
     for r in read_csv(a.prompts, "image", "prompt"):
         name = r["prompt"].replace("/", "_").encode()[:230].decode(errors="ignore")
         if named.setdefault(name, r) is not r:
-            failed[r["image"]] = f"{r['image']}: another row has the prompt {name!r}; give each its own"
+            failed[r["image"], name] = f"{r['image']}: another row has the prompt {name!r}; give each its own"
     jobs = [(r["image"], r["prompt"], folder / f"{name}-{i}.mp4") for name, r in named.items() for i in range(a.n)]
     for k in tqdm(range(rank, -(-len(jobs) // batch), ranks), "batches", disable=rank > 0):
         part = jobs[k * batch:(k + 1) * batch]
@@ -201,7 +204,7 @@ def many(a, model, tokenizer, frames, size, options, device, batch=8):
                 pictures.append(read_clip(find(Path(image)), size))
                 good.append((prompt, path))
             except Bad as e:
-                failed[image] = e
+                failed[image, prompt] = e
         torch.manual_seed(a.seed % 2**40 * 2**20 + k)  # a clip is a function of seed and list, whatever is there already
         if good:
             latents = tokenizer.encode(to_float(torch.from_numpy(np.stack(pictures))).to(device))
@@ -227,7 +230,7 @@ def options_parser():
     p.add_argument("--box", help="y0,x0,y1,x1 in pixels: make this region of --video anew, keep the rest")
     p.add_argument("--mask", type=Path, help="the same with a picture, white where --video is made anew")
     p.add_argument("--frames", type=int, help="pixel frames, 1 + a multiple of the temporal stride")
-    p.add_argument("--size", type=parse_size, help="HEIGHTxWIDTH of what is generated")
+    p.add_argument("--size", type=parse_numbers, help="HEIGHTxWIDTH of what is generated")
     p.add_argument("--steps", type=int, help="unmasking steps a latent frame")
     p.add_argument("--diffusion-steps", type=int, help="diffusion steps a token")
     p.add_argument("--cfg", type=float, help="guidance, 1 is none")
@@ -261,8 +264,10 @@ def check(a):
                   scale=(1, 64), fps=(1, 240), eval=(1, math.inf), seed=(0, 2**63 - 1))
     if (a.eval or a.prompts) and (a.then or a.box or a.mask or a.video or a.img):
         raise Bad("--eval and --prompts have pictures of their own; leave out --img, --video, --then, --box and --mask")
-    if a.img and a.video:
-        raise Bad("--img and --video: give one of the two")
+    if a.img and a.video or a.eval and a.prompts:
+        raise Bad("give one of --img and --video, of --eval and --prompts")
+    if a.context and not (a.video or a.eval):
+        raise Bad("--context: it counts latent frames of a clip; give it with --video or --eval")
     if a.out and a.out.suffix not in (".gif", ".webp", ".png", ".mp4", ""):
         raise Bad(f"--out {a.out}: ending {a.out.suffix} is not known; use .gif, .webp, .png, .mp4, or none for a folder")
     if a.out and a.out.suffix == ".mp4":
@@ -270,6 +275,8 @@ def check(a):
     check_writable(a.out or Path("out/x"))
     if a.prompts:
         need_av(f"--prompts {a.prompts}")
+        if a.out and a.out.suffix:
+            raise Bad(f"--out {a.out}: with --prompts it is a folder; leave out {a.out.suffix}")
     if not (a.eval or a.prompts or a.img or a.video or a.prompt):
         raise Bad("nothing to start from: give --img PICTURE (try --img cat.png), --video CLIP, --prompt TEXT or --eval N")
     if (a.box or a.mask) and not a.video:
@@ -304,7 +311,7 @@ def main():
             return many(a, model, tokenizer, frames, size, options, device)
         source = find(a.img or a.video or Path("clip"))
         source = source.resolve() if source.is_dir() else source  # "." has a name, too
-        text = source.parent / f"{source.stem}.txt"
+        text = source.parent / f"{source.name if source.is_dir() else source.stem}.txt"
         prompt = a.prompt if a.prompt is not None else text.read_text(errors="replace").strip() if text.is_file() else ""
         print(f"prompt: {prompt[:200]!r}" + ("" if a.prompt is not None or not prompt else f" (from {text})"))
         s = tokenizer.stride[0]
@@ -318,10 +325,8 @@ def main():
         if not all(n0 <= f <= (frames - 1) // s for f in then):
             raise Bad(f"--then {' '.join(f for f, _ in a.then)}: give a frame that is generated, from {max(0, 1 + s * (n0 - 1))} to {frames - 1}")
         start = time.time()
-        if n0:
-            latents = tokenizer.encode(to_float(torch.from_numpy(read_clip(source, size, 1 + s * (n0 - 1))[None])).to(device)).repeat(a.n, 1, 1, 1, 1)
-        else:
-            latents = torch.zeros(a.n, 0, size[0] // tokenizer.stride[1], size[1] // tokenizer.stride[2], tokenizer.channels, device=device)
+        clip = read_clip(source, size, 1 + s * (n0 - 1)) if n0 else np.zeros((1, *size, 3), np.uint8)
+        latents = tokenizer.encode(to_float(torch.from_numpy(clip[None])).to(device))[:, :n0].repeat(a.n, 1, 1, 1, 1)
         latents = generate(model, latents, [prompt] * a.n, 1 + (frames - 1) // s, progress=True, then=then, keep=keep, **options)
         clips = tokenizer.decode(latents)
         if device.type == "cuda":

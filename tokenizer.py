@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 import zlib
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -224,7 +225,8 @@ class Pretrained(nn.Module):
         except Exception as e:
             raise Bad(f"--text {name}: cannot be loaded ({type(e).__name__}); give a folder or a name on huggingface.co, such as Qwen/Qwen2-1.5B") from None
         self.hidden = [encoder]  # in a list, so that it is not saved
-        self.name, self.dim, self.longest, self.kept = str(name), encoder.config.hidden_size, longest, {}
+        self.name, self.dim, self.longest = str(name), encoder.config.hidden_size, longest
+        self.one = lru_cache(10_000)(self.one)
 
     def __deepcopy__(self, memo):  # the averaged model reads the same text
         return self
@@ -237,13 +239,8 @@ class Pretrained(nn.Module):
 
     def forward(self, captions):
         """list of str -> states (batch, token, dim), mask (batch, token), True at tokens. Long captions are cut."""
-        states, device = [], self.hidden[0].device
-        for c in captions:
-            if not hasattr(c, "states") and c not in self.kept:
-                self.kept[c] = self.one(c)
-            states.append(c.states if hasattr(c, "states") else self.kept[c])
-        while len(self.kept) > 10_000:
-            self.kept.pop(next(iter(self.kept)))
+        device = self.hidden[0].device
+        states = [c.states if hasattr(c, "states") else self.one(c) for c in captions]
         longest = -(-max(map(len, states)) // 8) * 8
         mask = torch.arange(longest) < torch.tensor([[len(s)] for s in states])
         return torch.stack([F.pad(s, (0, 0, 0, longest - len(s))) for s in states]).float().to(device), mask.to(device)
@@ -294,8 +291,10 @@ def load(path, kind):
 def pack(tokenizer):
     """A tokenizer as a small dict, half precision; of a Cosmos one, what is not in its files."""
     if isinstance(tokenizer, Cosmos):
-        return {"kind": "cosmos", "stride": tokenizer.stride, "channels": tokenizer.channels, "mean": tokenizer.mean.cpu(), "std": tokenizer.std.cpu()}
-    return {"kind": "tokenizer", **tokenizer.settings, "state": {k: v.half() if v.is_floating_point() else v for k, v in tokenizer.state_dict().items()}}
+        return {"kind": "cosmos", "stride": tokenizer.stride, "channels": tokenizer.channels,
+                "mean": tokenizer.mean.cpu(), "std": tokenizer.std.cpu()}
+    state = {k: v.half() if v.is_floating_point() else v for k, v in tokenizer.state_dict().items()}
+    return {"kind": "tokenizer", **tokenizer.settings, "state": state}
 
 
 def unpack(content, path="checkpoint", folder=None, device="cpu"):
@@ -337,16 +336,17 @@ def choose_device(name=None):
 
 
 def choose_dtype(name, device):
-    """`name`, or what the hardware is fast at: bfloat16 on CUDA and on CPUs with bf16 matrix units, else float32."""
+    """`name`, or what the hardware is fast at: bfloat16 on CUDA and on CPUs with AVX512-bf16, else float32."""
     fast = device.type == "cuda" or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, None: torch.bfloat16 if fast else torch.float32}[name]
 
 
-def parse_size(text, parts=2):
-    """"64x96" -> (64, 96). Raises argparse's error otherwise."""
-    numbers = tuple(int(n) for n in text.split("x")) if re.fullmatch(r"\d+(x\d+)*", text) else ()
-    if len(numbers) != parts or not all(numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} should be {parts} numbers joined by x, such as {'64x64' if parts == 2 else '4x8x8'}")
+def parse_numbers(text, like="64x64"):
+    """"64x96" -> (64, 96), as many as in `like`; of "5,13,25" any number. Raises argparse's error otherwise."""
+    sign = "," if "," in like else "x"
+    numbers = tuple(map(int, text.split(sign))) if re.fullmatch(rf"\d+({sign}\d+)*", text) else ()
+    if not numbers or 0 in numbers or sign == "x" and len(numbers) != len(like.split("x")):
+        raise argparse.ArgumentTypeError(f"{text!r} should be whole numbers such as {like}")
     return numbers
 
 
@@ -369,8 +369,8 @@ def options_parser():
     p.add_argument("--tokenizer", type=Path, help="that encodes: a file of this script, or the folder of a Cosmos-Tokenizer")
     p.add_argument("--text", help="with --encode, also the states of this text encoder, such as Qwen/Qwen2-1.5B")
     p.add_argument("--fps", type=float, help="of the clips in the folder (all their frames)")
-    p.add_argument("--stride", type=lambda s: parse_size(s, 3), default=(4, 8, 8), help="frames x rows x columns (4x8x8)")
-    p.add_argument("--size", type=parse_size, default=(64, 64), help="HEIGHTxWIDTH of the clips (64x64)")
+    p.add_argument("--stride", type=lambda s: parse_numbers(s, "4x8x8"), default=(4, 8, 8), help="frames x rows x columns (4x8x8)")
+    p.add_argument("--size", type=parse_numbers, default=(64, 64), help="HEIGHTxWIDTH of the clips (64x64)")
     p.add_argument("--frames", type=int, default=25, help="of the held-out clips, training uses three latent frames; or of what is encoded (25)")
     p.add_argument("--width", type=int, default=192)
     p.add_argument("--blocks", type=int, default=3)
@@ -436,7 +436,8 @@ def main():
                 tokens = tokenizer.encode(held)
                 score = psnr(tokenizer.decode(tokens), held).mean()
             save(pack(tokenizer), path)
-            bar.write(f"step {step + 1}: held-out PSNR {score:.2f} dB, largest token {tokens.abs().max():.1f}, {(time.time() - start) / 60:.1f} min", sys.stdout)
+            minutes = (time.time() - start) / 60
+            bar.write(f"step {step + 1}: held-out PSNR {score:.2f} dB, largest token {tokens.abs().max():.1f}, {minutes:.1f} min", sys.stdout)
         bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     print(f"wrote {path}: {score:.2f} dB mean PSNR over 32 {'' if a.data else 'held-out '}clips {a.size[0]}x{a.size[1]}x{a.frames}")
 

@@ -11,13 +11,11 @@ import importlib.util
 import math
 import os
 import random
-import re
 import signal
 import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -34,8 +32,8 @@ from tqdm import tqdm
 
 from data.video import Latents, open_data, to_uint8, torchrun, write_strip
 from sample import generate, load_model
-from tokenizer import (DATA, Bad, Cosmos, Pretrained, Words, check_options, check_size, check_writable, choose_device, choose_dtype, load, open_tokenizer,
-                       pack, parse_size, psnr, run, save, to_float, unpack)
+from tokenizer import (DATA, Bad, Cosmos, Pretrained, Words, check_options, check_size, check_writable, choose_device, choose_dtype, load,
+                       open_tokenizer, pack, parse_numbers, psnr, run, save, to_float, unpack)
 from videomar import PRESETS, VideoMAR
 
 STEPS = {"toy": (1400, 200, 770), "paper": (50000, 50000, 100000)}  # of three stages: 5, 13 and 25 frames
@@ -43,20 +41,15 @@ OPTIMISER = {"toy": "muon", "paper": "adamw"}
 RATE = {"toy": 8e-4, "paper": 1e-4}  # one that suits a small model, and the paper's
 
 
-def numbers(text):
-    """"5,13,25" -> [5, 13, 25]. Raises argparse's error otherwise."""
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} should be numbers joined by commas, such as 5,13,25")
-    return [int(n) for n in text.split(",")]
-
-
 def options_parser():
     p = argparse.ArgumentParser(description="Train VideoMAR on the drawn world, or on your own clips")
-    p.add_argument("--frames", type=numbers, default=[5, 13, 25], help="pixel frames of each stage (5,13,25)")
-    p.add_argument("--steps", type=numbers, help="one number for all stages, or one per stage")
-    p.add_argument("--size", type=parse_size, default=(64, 64), help="HEIGHTxWIDTH (64x64)")
-    p.add_argument("--stride", type=lambda s: parse_size(s, 3), default=(4, 8, 8), help="of the tokenizer (4x8x8)")
-    p.add_argument("--tokenizer", type=Path, help="file of tokenizer.py (out/tokenizer-STRIDE.pt if there is one, else data/), or folder of a Cosmos-Tokenizer")
+    several = lambda text: parse_numbers(text, "5,13,25")
+    p.add_argument("--frames", type=several, default=(5, 13, 25), help="pixel frames of each stage (5,13,25)")
+    p.add_argument("--steps", type=several, help="one number for all stages, or one per stage")
+    p.add_argument("--size", type=parse_numbers, default=(64, 64), help="HEIGHTxWIDTH (64x64)")
+    p.add_argument("--stride", type=lambda s: parse_numbers(s, "4x8x8"), default=(4, 8, 8), help="of the tokenizer (4x8x8)")
+    p.add_argument("--tokenizer", type=Path,
+                   help="file of tokenizer.py (out/tokenizer-STRIDE.pt if there is one, else data/), or folder of a Cosmos-Tokenizer")
     p.add_argument("--text", help="folder or name of a text encoder for transformers, such as Qwen/Qwen2-1.5B (learned words)")
     p.add_argument("--data", type=Path, help="folder of clips, or of latents written by tokenizer.py --encode (the drawn world)")
     p.add_argument("--fps", type=float, help="pictures a second to take from the clips in --data (all)")
@@ -68,13 +61,15 @@ def options_parser():
     p.add_argument("--preset", choices=PRESETS, default="toy")
     p.add_argument("--batch", type=int, default=16, help="clips a step, over all ranks (16)")
     p.add_argument("--accumulate", type=int, default=1, help="parts in which each rank takes its share of the batch (1)")
-    p.add_argument("--optimiser", choices=("adamw", "muon"), help="muon: for the matrices inside the blocks and the head, AdamW for the rest (by the preset)")
+    p.add_argument("--optimiser", choices=("adamw", "muon"),
+                   help="muon: for the matrices inside the blocks and the head, AdamW for the rest (by the preset)")
     p.add_argument("--lr", type=float, help="learning rate (by the preset)")
     p.add_argument("--warmup", type=int, default=100, help="steps in which the rate rises (100)")
     p.add_argument("--decay", type=float, default=1.0, help="last share of all steps in which the rate falls to 0 (1; MAR 0)")
     p.add_argument("--ema", type=float, default=0.9999, help="of the averaged weights, less at the start (0.9999)")
     p.add_argument("--noise", type=float, default=0.15, help="std of the noise on the tokens (0.15): see the loop")
-    p.add_argument("--first", type=float, default=0.05, help="share of the steps that train frame 0, from the text alone (0.05); the paper is 0, and then no clip changes its motion either")
+    p.add_argument("--first", type=float, default=0.05,
+                   help="share of the steps that train frame 0, from the text alone (0.05); the paper is 0, and then no clip changes its motion either")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (500)")
     p.add_argument("--attention", choices=("causal", "full"), default="causal", help="the paper's ablations")
@@ -133,10 +128,9 @@ def setup(argv=None):
         check_size(a.stride, frames, *a.size)
         if frames <= a.stride[0]:
             raise Bad(f"--frames {frames}: at least {1 + a.stride[0]} are needed, the given picture and one latent frame")
-    if min(a.steps) < 1:
-        raise Bad(f"--steps {min(a.steps)}: each stage must have at least 1")
-    check_options(a, batch=(1, math.inf), accumulate=(1, math.inf), lr=(1e-9, 1), warmup=(1, math.inf), decay=(0, 1), ema=(0, 0.999999), noise=(0, 10), first=(0, 1), workers=(0, 256), gpus=(1, math.inf), rate=(1, math.inf), fps=(0.01, 1000),
-                  seed=(0, 2**23 - 1), save_every=(1, math.inf))
+    check_options(a, batch=(1, math.inf), accumulate=(1, math.inf), lr=(1e-9, 1), warmup=(1, math.inf), decay=(0, 1), ema=(0, 0.999999),
+                  noise=(0, 10), first=(0, 1), workers=(0, 256), gpus=(1, math.inf), rate=(1, math.inf), fps=(0.01, 1000),
+                  seed=(0, 2**22 - 1), save_every=(1, math.inf))
     check_writable(a.out / "ckpt.pt")
     if a.export:
         check_writable(a.export, "--export")
@@ -150,8 +144,9 @@ def setup(argv=None):
         if a.optimiser != checkpoint["args"]["optimiser"]:
             raise Bad(f"--resume: {a.out / 'ckpt.pt'} was trained with --optimiser {checkpoint['args']['optimiser']}; leave it so")
     a.parts = ranks * a.accumulate
-    if a.batch % a.parts or checkpoint and a.parts != checkpoint["args"]["parts"]:
-        raise Bad(f"--batch {a.batch} in {checkpoint['args']['parts'] if checkpoint else a.parts} parts: {ranks} ranks cannot share it evenly; it must be a multiple of ranks x accumulate")
+    parts = checkpoint["args"]["parts"] if checkpoint else a.parts
+    if a.batch % a.parts or a.parts != parts:
+        raise Bad(f"--batch {a.batch} in {parts} parts: {ranks} ranks cannot share it evenly; it must be a multiple of ranks x accumulate")
     a.lr, a.optimiser = a.lr or RATE[a.preset], a.optimiser or OPTIMISER[a.preset]
     if a.shard and (ranks == 1 or a.optimiser == "muon"):
         raise Bad("--shard: " + ("start it with torchrun on several ranks" if ranks == 1 else "Muon needs whole matrices; give --optimiser adamw"))
@@ -187,16 +182,18 @@ def show_plan(a, config):
     print(f"model      {count / 1e9:.3f} B parameters; a latent frame is {n} tokens")
     for frames, steps in zip(a.frames, a.steps):
         t = 1 + (frames - 1) // a.stride[0]
-        passed = sum(config.layers * (14 * config.dim**2 * n * (i + 1) + config.dim * n * n * (i + 1) * (i + 2)) for i in range(1, t)) / (t - 1)
+        passed = [14 * config.dim**2 * n * (i + 1) + config.dim * n * n * (i + 1) * (i + 2) for i in range(1, t)]  # of a layer, cut after i
         head = sum(p.numel() for p in model.head.parameters()) * 0.86 * n * config.diffusion_repeats  # the mean mask ratio is 0.86
-        flops = 6 * a.batch * (passed + head)  # a product and a sum, forward and twice as much backward
+        flops = 6 * a.batch * (config.layers * sum(passed) / len(passed) + head)  # a product and a sum, forward and twice as much backward
         total += steps * flops
-        print(f"{frames:4d} frames  {t} latent, {t * n} tokens a clip, {a.batch * n * (t + 2) // 2} a step of {a.batch} clips, {flops:.3g} FLOPs a step, {steps} steps")
+        print(f"{frames:4d} frames  {t} latent, {t * n} tokens a clip, {a.batch * n * (t + 2) // 2} a step of {a.batch} clips, "
+              f"{flops:.3g} FLOPs a step, {steps} steps")
     clips, tokens = a.batch / a.gpus / a.accumulate, n * max(1 + (f - 1) // a.stride[0] for f in a.frames)
     for shard in (False, True):
         for recompute in (False, True):
             kept = clips * tokens * config.dim * (4 * config.layers + 60 if recompute else 60 * config.layers)  # bytes: bfloat16, float32 residuals
-            print(f"memory     {state / (a.gpus if shard else 1) / 2**30:8.2f} GiB of parameters, gradients and state + about {kept / 2**30:.2f} of activations a GPU"
+            fixed = state / (a.gpus if shard else 1)
+            print(f"memory     {fixed / 2**30:8.2f} GiB of parameters, gradients and state + about {kept / 2**30:.2f} of activations a GPU"
                   + ", --shard" * shard + ", --recompute" * recompute)
     print(f"time       {total:.3g} FLOPs: {total / a.gpus / a.rate / 86400:.3g} days on {a.gpus} GPUs at {a.rate:.3g} FLOP/s each")
 
@@ -211,7 +208,8 @@ def make_optimisers(model, optimiser, lr, fused):
     step of a matrix orthogonal: half the training steps for the same error here."""
     inner = muon_parameters(model, optimiser)
     outer = [p for p in model.parameters() if not any(p is q for q in inner)]
-    groups = [{"params": [p for p in outer if p.dim() > 1], "weight_decay": 0.02}, {"params": [p for p in outer if p.dim() <= 1], "weight_decay": 0.0}]
+    groups = [{"params": [p for p in outer if p.dim() > 1], "weight_decay": 0.02},
+              {"params": [p for p in outer if p.dim() <= 1], "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=fused)
     return [adamw, torch.optim.Muon(inner, lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")] if inner else [adamw]
 
@@ -285,8 +283,8 @@ def main():
     if checkpoint:
         for optimiser, state in zip(optimisers, checkpoint["optimiser"]):
             params = [p for g in optimiser.param_groups for p in g["params"]]
-            state["state"] = {i: {k: distribute_tensor(v, params[i].device_mesh, params[i].placements) if a.shard and v.dim() else v for k, v in values.items()}
-                              for i, values in state["state"].items()}
+            for i, values in state["state"].items():
+                values.update({k: distribute_tensor(v, params[i].device_mesh, params[i].placements) for k, v in values.items() if a.shard and v.dim()})
             optimiser.load_state_dict(state)
         step = checkpoint["step"]
     if a.compile:
@@ -297,7 +295,8 @@ def main():
     model.recompute = a.recompute
     learner = nn.parallel.DistributedDataParallel(model) if world_size > 1 and not a.shard else model
 
-    args = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in vars(a).items() if k not in ("resume", "out", "device", "init", "export", "compile", "tokenizer", "workers", "plan", "gpus", "rate", "recompute", "shard")}
+    this_time = ("resume", "out", "device", "init", "compile", "tokenizer", "workers", "plan", "gpus", "rate", "recompute", "shard")
+    args = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in vars(a).items() if k not in this_time}  # what --resume remembers
 
     def save_to(path, **state):
         save({"kind": "videomar", "config": asdict(config), "settings": {"frames": a.frames, "size": a.size},
@@ -309,7 +308,6 @@ def main():
             save_to(a.out / "ckpt.pt", **state, args=args)
 
     a.out.mkdir(parents=True, exist_ok=True)
-    log = (a.out / "log.csv").open("r+" if checkpoint and (a.out / "log.csv").exists() else "w", newline="") if rank == 0 else None
 
     # -------------------------------------------------------------------------------------------------- stages
     ends = [sum(a.steps[:i + 1]) for i in range(len(a.steps))]
@@ -349,11 +347,11 @@ def main():
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, frame: stop.append(number))
     if rank == 0:
-        old = [r for r in csv.reader(log) if r and r[0].isdigit() and int(r[0]) <= step] if log.readable() else []
-        log.seek(0)
-        log.truncate()
-        rows = csv.writer(log)
-        rows.writerows([["step", "stage", "t", "loss", "lr", "seconds"], *old])
+        path, head = a.out / "log.csv", ["step", "stage", "t", "loss", "lr", "seconds"]
+        old = list(csv.reader(path.read_text().splitlines())) if checkpoint and path.exists() else []
+        log = path.open("w", newline="")
+        rows = csv.writer(log)  # the loss is of rank 0's share
+        rows.writerows([head, *(r for r in old if len(r) == len(head) and r[0].isdigit() and int(r[0]) <= step)])
     # t and the stage are functions of (seed, step): every rank works on frames of the same number
     stage_of = lambda step: next(i for i, end in enumerate(ends) if step < end)
 
@@ -362,7 +360,7 @@ def main():
         return 0 if draws.random() < a.first else draws.randint(1, (a.frames[stage_of(step)] - 1) // a.stride[0])
 
     def load_step(step):
-        """Clips as far as they are used: to the end of latent frame t, unless later ones are read. A motion that changes does so before t."""
+        """Clips as far as they are used: to the end of latent frame t, unless later ones are read. Motions change before t."""
         t, length = t_of(step), a.frames[stage_of(step)]
         frames = 1 + t * a.stride[0] if config.cuts else length
         turn = (t - 1) * a.stride[0] if config.loss == "next-frame" and a.first else 0
@@ -385,11 +383,12 @@ def main():
             last = i == len(batch) - 1
             if a.shard:
                 model.set_requires_gradient_sync(last)
-            with autocast(), (nullcontext() if last or learner is model else learner.no_sync()):
+            learner.require_backward_grad_sync = last  # DDP's
+            with autocast():
                 with torch.no_grad():
                     latents = to_latents(video)
-                    # Ours, as if the tokenizer were a VAE. Over all diffusion steps an error s of a token costs about s / (1 + s), most steeply
-                    # near 0: without a floor, ever finer still backgrounds pay more than sprites in the right place.
+                    # Ours, as if the tokenizer were a VAE. Over all diffusion steps an error s of a token costs s / (1 + s), most
+                    # steeply near 0: without a floor, ever finer still backgrounds pay more than sprites in the right place.
                     latents = latents + a.noise * torch.randn_like(latents)
                 loss = learner(latents, captions, t) / len(batch)
                 loss.backward()
@@ -420,7 +419,7 @@ def main():
             if rank == 0:
                 log.flush()
         if step in ends and rank == 0:  # no rank holds the whole of a sharded model, to sample from
-            bar.write(f"stage {stage + 1} done after {(time.time() - start) / 60:.1f} min" + (f": {show(stage)}" if not a.shard else ""), sys.stdout)
+            bar.write(f"stage {stage + 1} done after {(time.time() - start) / 60:.1f} min" + ("" if a.shard else f": {show(stage)}"), sys.stdout)
     bar.close()
     exported = whole(ema.state_dict()) if a.export else {}
     if world_size > 1:
@@ -436,7 +435,7 @@ def main():
         say(f"skipped {len(source.skipped)} files of --data that could not be used")
     minutes = (time.time() - start) / 60
     say(f"{step - first_step} steps in {minutes:.1f} min, {100 * waited / 60 / max(minutes, 1e-9):.1f} % of it waiting for clips; "
-        f"python sample.py --img cat.png now uses {a.out / 'ckpt.pt'}")
+        f"python sample.py --img cat.png --ckpt {a.out / 'ckpt.pt'} samples from it")
 
 
 if __name__ == "__main__":

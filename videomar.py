@@ -5,7 +5,7 @@ given. Every later frame starts as N [MASK] tokens and is filled in a few steps;
 frames and the tokens filled so far, and a small diffusion MLP draws each token's value from its hidden state.
 
 In the order the data flows: configuration, positions, attention and its cache, block, diffusion, model and loss,
-the schedules that training and sampling share. The sampler that runs all this frame by frame is in sample.py.
+the schedules of training and sampling. The sampler that runs all this frame by frame is in sample.py.
 
 "MAR" is Li et al. 2024 (arXiv 2406.11838), "I-DDPM" Nichol & Dhariwal 2021 (2102.09672), "ours" nobody's but ours.
 """
@@ -64,7 +64,7 @@ PRESETS = {
 def grid_positions(start, frames, h, w, device=None):
     """Positions (t, y, x) of the tokens of `frames` latent frames from frame `start` on -> (frames*h*w, 3)."""
     t, y, x = torch.arange(start, start + frames, device=device), torch.arange(h, device=device), torch.arange(w, device=device)
-    return rearrange(torch.stack(torch.meshgrid(t, y, x, indexing="ij")), "a t h w -> (t h w) a").float()
+    return torch.cartesian_prod(t, y, x).float()
 
 
 def axis_dims(dim):
@@ -206,7 +206,7 @@ class Diffusion(nn.Module):
         abar = torch.cumprod(1 - (1 - f[1:] / f[:-1]).clamp(max=0.999), 0)  # I-DDPM eq. 17
         timesteps = torch.linspace(0, total - 1, steps, dtype=torch.float64).round().long()
         abar = abar[timesteps]
-        before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+        before = F.pad(abar[:-1], (1, 0), value=1.0)
         beta = 1 - abar / before
         variance = beta * (1 - before) / (1 - abar)  # of the posterior q(x_{i-1} | x_i, x_0)
         variance[0] = variance[1] if steps > 1 else beta[0]  # it is 0 there and its logarithm is wanted
@@ -346,8 +346,7 @@ class VideoMAR(nn.Module):
         `hidden` takes: each layer's cross-attention keys and values (2, batch, head, word, d), the mask (batch, 1, 1, word)."""
         states, mask = self.text(captions)
         null = null | torch.tensor([not c.strip() for c in captions], device=null.device)
-        states = torch.where(null[:, None, None], self.null_text, states)
-        states = self.text_in(states)
+        states = self.text_in(torch.where(null[:, None, None], self.null_text, states))
         return [block.text_keys_values(states) for block in self.blocks], (mask | null[:, None])[:, None, None]
 
     def hidden(self, x, masked, text, grid, start=0, cache=None, last_frame=False):
@@ -397,12 +396,10 @@ class VideoMAR(nn.Module):
         x = x.flatten(1, 3)  # (batch, frames * n, C)
         text = self.read_text(captions, torch.rand(batch, device=x.device) < config.text_drop)
         masked, places = self.draw_masked(batch, frames, n, t, x.device)
-        if cut and config.cuts:
-            end = (t + 1) * n
-            h = self.hidden(x[:, :end], masked[:, :end], text, grid, last_frame=True)
-            z = h.take_along_dim((places - t * n)[..., None], 1)
-        else:
-            z = self.hidden(x, masked, text, grid).take_along_dim(places[..., None], 1)  # (batch, count, dim)
+        cut = cut and config.cuts
+        begin, end = (t * n, (t + 1) * n) if cut else (0, frames * n)
+        h = self.hidden(x[:, :end], masked[:, :end], text, grid, last_frame=cut)
+        z = h.take_along_dim((places - begin)[..., None], 1)  # (batch, count, dim)
         target = x.take_along_dim(places[..., None], 1).flatten(0, 1)
         k = config.diffusion_repeats
         return self.diffusion.loss(self.head, target.float().repeat(k, 1), z.flatten(0, 1).repeat(k, 1), config.snr_clip).mean()

@@ -7,10 +7,10 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import sys
 import warnings
 import zlib
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from data import world
 from tokenizer import DATA, Bad, Cosmos, check_size, pack, save, to_float, write
 
 warnings.simplefilter("error", Image.DecompressionBombWarning)
-VIDEOS, MOVING = (".mp4", ".webm", ".mov", ".mkv"), (".gif", ".webp", ".apng")
+VIDEOS, MOVING, STILLS = (".mp4", ".webm", ".mov", ".mkv"), (".gif", ".webp", ".apng"), (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
 
 # ------------------------------------------------------------------------------------------------------ reading
@@ -46,8 +46,10 @@ def read_csv(path, *columns):
     """The rows of a csv that has these columns, none of them empty. Raises Bad."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as f:
-            rows = list(csv.DictReader(f, strict=True))
-        return [r for r in rows if all(r[c] is not None for c in columns)]
+            reader = csv.DictReader(f, strict=True)
+            if not set(columns) <= set(reader.fieldnames or ()):
+                raise KeyError
+            return [r for r in reader if all(r[c] for c in columns)]
     except (OSError, KeyError, ValueError, csv.Error) as e:
         raise Bad(f"{path}: cannot be read ({type(e).__name__}); give a csv in UTF-8 whose first line is {','.join(columns)}") from None
 
@@ -62,7 +64,8 @@ def need_av(what):
 
 @lru_cache(100_000)  # of a moving picture or a video it reads the whole file
 def timeline(path):
-    """When each picture of a clip appears, and when the last one goes, in seconds; pictures in a folder count as one a second."""
+    """When each picture of a clip appears, and when the last one goes, in seconds. Those in a folder are numbered, and --fps
+    leaves them alone."""
     if path.is_dir():
         return np.arange(len(stills(path))), len(stills(path))
     if path.suffix.lower() in VIDEOS:
@@ -81,13 +84,14 @@ def timeline(path):
 
 def stills(folder):
     """The pictures in a folder, 2.png before 10.png."""
-    files = [f for f in folder.iterdir() if f.suffix.lower() in Image.registered_extensions()]
+    files = [f for f in folder.iterdir() if f.suffix.lower() in STILLS]
     return sorted(files, key=lambda f: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", f.name)])
 
 
 def pictures(path, frames, fps, u, whole):
     """Yields the pictures that read_clip is of, full size."""
     times, length = timeline(path)
+    fps = None if path.is_dir() else fps
     count = int(length * fps + 1e-6) if fps else len(times)
     if count < whole:
         raise Bad(f"{path}: {count} frames, {whole} are needed; give a longer one or ask for fewer (--frames, --context)")
@@ -162,11 +166,12 @@ class Folder(World):
 
     def __init__(self, folder, fps=None):
         self.folder, self.fps, self.skipped, self.clips = folder, fps, {}, []
-        told = {r["file_name"]: r["text"] for r in read_csv(folder / "metadata.csv", "file_name", "text")} if (folder / "metadata.csv").is_file() else {}
+        table = folder / "metadata.csv"
+        told = {r["file_name"]: r["text"] for r in read_csv(table, "file_name", "text")} if table.is_file() else {}
         for parent, folders, files in os.walk(folder):
             folders.sort()
             names = sorted(n for n in files if Path(n).suffix.lower() in VIDEOS + MOVING)
-            alone = not names and Path(parent) != folder and any(Path(n).suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp") for n in files)
+            alone = not names and Path(parent) != folder and any(Path(n).suffix.lower() in STILLS for n in files)
             for path in [Path(parent)] if alone else [Path(parent, n) for n in names]:
                 note = path.parent / f"{path.name if path.is_dir() else path.stem}.txt"
                 text = told.get(str(path.relative_to(folder)))
@@ -175,7 +180,8 @@ class Folder(World):
             raise Bad(f"--data {folder}: nothing to train on; looked for {', '.join(VIDEOS + MOVING)} and folders of pictures")
         some = self.clips[:100]
         frames = round(sum(map(self.count, some)) * len(self.clips) / len(some))
-        self.about = f"{folder}: {len(self.clips)} clips, {'about ' * (len(self.clips) > 100)}{frames} frames, {sum(bool(c) for _, c in self.clips)} captions"
+        about, captions = "about " * (len(self.clips) > 100), sum(bool(c) for _, c in self.clips)
+        self.about = f"{folder}: {len(self.clips)} clips, {about}{frames} frames, {captions} captions"
 
     def count(self, clip):
         try:
@@ -234,7 +240,8 @@ class Latents(World):
 
     def open(self, i):
         try:
-            return [np.load(self.folder / f"{kind}-{i:05d}.npy", mmap_mode="r") for kind in ("latents", "captions", *(("text", "words") if self.meta["text"] else ()))]
+            kinds = ("latents", "captions", "text", "words") if self.meta["text"] else ("latents", "captions")
+            return [np.load(self.folder / f"{kind}-{i:05d}.npy", mmap_mode="r") for kind in kinds]
         except (OSError, ValueError) as e:
             raise Bad(f"--data {self.folder}: shard {i} is missing or damaged ({type(e).__name__}); remove its files and run tokenizer.py --encode again") from None
 
@@ -311,7 +318,8 @@ def encode(folder, out, tokenizer, frames, size, fps, device, text=None, each=25
     if all(map(there, shards)):  # true for the rank that ends last
         clips = [len(np.load(out / f"latents-{i:05d}.npy", mmap_mode="r")) for i in shards]
         if not sum(clips):
-            shutil.rmtree(out)
+            for f in (*out.glob("*-[0-9][0-9][0-9][0-9][0-9].npy"), plan, out / "tokenizer.pt"):
+                f.unlink()  # nothing else: --out may hold more
             source.nothing()
         write(out / "latents.json", lambda part: part.write_text(json.dumps({**meta, "clips": clips})))
     return source
@@ -332,20 +340,11 @@ def write_strip(path, rows, every):
     write(path, lambda part: Image.fromarray(np.concatenate([np.concatenate(list(r[::every]), 1) for r in rows])).save(part))
 
 
-def write_mp4(path, video, fps):
-    av = need_av(path)
-    with av.open(str(path), "w") as out:
-        stream = out.add_stream("libx264", rate=round(fps))
-        stream.width, stream.height, stream.pix_fmt = video.shape[2], video.shape[1], "yuv420p"
-        for frame in video:
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        out.mux(stream.encode())
-
-
 def write_video(path, video, fps):
     """uint8 (frames, H, W, 3) as .gif, .webp, .png (animated), .mp4 (needs av), or without an ending a folder."""
     first, *rest = map(Image.fromarray, video)
-    options = dict(save_all=True, append_images=rest, duration=1000 / fps, loop=0)
+    least = 20 if path.suffix == ".gif" else 1  # ms: a faster GIF is shown slower
+    options = dict(save_all=True, append_images=rest, duration=max(least, 1000 / fps), loop=0)
 
     def save(part):
         if path.suffix == "":
@@ -353,7 +352,13 @@ def write_video(path, video, fps):
             for i, frame in enumerate(video):
                 Image.fromarray(frame).save(part / f"{i:04d}.png")
         elif path.suffix == ".mp4":
-            write_mp4(part, video, fps)
+            av = need_av(path)
+            with av.open(str(part), "w") as out:
+                stream = out.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+                stream.width, stream.height, stream.pix_fmt = video.shape[2], video.shape[1], "yuv420p"
+                for frame in video:
+                    out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+                out.mux(stream.encode())
         else:
             first.save(part, **options, **({"lossless": True} if path.suffix == ".webp" else {}))
     write(path, save)

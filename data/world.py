@@ -6,6 +6,7 @@ rates, so that the first picture and the caption determine every later frame. Le
     python data/world.py            writes a few clips as GIF + .txt into out/world
 """
 import argparse
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -169,33 +170,31 @@ def clip(seed, frames=25, height=64, width=64, held_out=False, turn=0):
     return render(s, frames, height, width), s.caption()
 
 
-def size(text):
-    """"256x256" -> (256, 256); argparse reports the ValueError otherwise."""
-    height, width = map(int, text.split("x"))
-    return height, width
-
-
 def options_parser():
+    from tokenizer import parse_numbers
     p = argparse.ArgumentParser(description="Write a few clips of the drawn world as GIF + .txt")
     p.add_argument("--n", type=int, default=4)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--frames", type=int, default=49)
-    p.add_argument("--size", type=size, default="256x256", help="HEIGHTxWIDTH")
+    p.add_argument("--size", type=parse_numbers, default=(256, 256), help="HEIGHTxWIDTH")
     p.add_argument("--out", type=Path, default=Path("out/world"))
     return p
 
 
 def main():
-    from PIL import Image
+    from data.video import write_video
+    from tokenizer import check_options, check_writable
     a = options_parser().parse_args()
-    a.out.mkdir(parents=True, exist_ok=True)
+    check_options(a, n=(1, 10**6), seed=(0, 2**62), frames=(1, 10**4))
+    check_writable(a.out / "0.gif")
     for seed in range(a.seed, a.seed + a.n):
         video, caption = clip(seed, a.frames, *a.size)
-        first, *rest = map(Image.fromarray, video)
-        first.save(a.out / f"{seed}.gif", save_all=True, append_images=rest, duration=1000 // 12, loop=0)
+        write_video(a.out / f"{seed}.gif", video, 12)
         (a.out / f"{seed}.txt").write_text(caption + "\n")
         print(a.out / f"{seed}.gif", "-", caption)
 
 
 if __name__ == "__main__":
-    main()
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from tokenizer import run
+    run(main)

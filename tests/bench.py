@@ -24,7 +24,7 @@ import torch  # noqa: E402
 
 import videomar  # noqa: E402
 from sample import generate  # noqa: E402
-from tokenizer import Words, check_options, check_size, choose_device, choose_dtype, parse_size, run  # noqa: E402
+from tokenizer import Words, check_options, check_size, choose_device, choose_dtype, parse_numbers, run  # noqa: E402
 from train import OPTIMISER, make_optimisers, muon_parameters  # noqa: E402
 from videomar import PRESETS, Cache, Diffusion, VideoMAR, rope_angles, unmask_counts  # noqa: E402
 
@@ -199,9 +199,9 @@ def options_parser():
     p = argparse.ArgumentParser(description="Seconds, ratios and shares of the peak")
     p.add_argument("what", choices=("sample", "train"))
     p.add_argument("--preset", choices=PRESETS, default="toy")
-    p.add_argument("--size", type=parse_size, default=(128, 128), help="HEIGHTxWIDTH in pixels (128x128: 256 tokens a latent frame)")
+    p.add_argument("--size", type=parse_numbers, default=(128, 128), help="HEIGHTxWIDTH in pixels (128x128: 256 tokens a latent frame)")
     p.add_argument("--frames", type=int, default=25, help="pixel frames (25)")
-    p.add_argument("--stride", type=lambda s: parse_size(s, 3), default=(4, 8, 8))
+    p.add_argument("--stride", type=lambda s: parse_numbers(s, "4x8x8"), default=(4, 8, 8))
     p.add_argument("--batch", type=int, help="clips (1 to sample, 4 to train: the tokens of a default step)")
     p.add_argument("--repeats", type=int, default=2)
     p.add_argument("--ntp-steps", type=int, default=24, help="steps of next-token prediction that are timed (24)")

@@ -73,6 +73,7 @@ def test_frame_rate_and_crop(folder):
     for i in (0, 1, 2, 10):
         Image.fromarray(video[i]).save(folder / f"stills/{i}.png")
     assert read_clip(folder / "stills", (10, 10), 4)[:, 5, 5, 0].tolist() == [0, 10, 20, 100]
+    assert read_clip(folder / "stills", (10, 10), 4, fps=12)[:, 5, 5, 0].tolist() == [0, 10, 20, 100]  # they have no times
     assert (clip[0, 0] == 0).any() and read_clip(folder / "a.webp", (10, 10), 20).shape == (20, 10, 10, 3)
     with pytest.raises(Bad, match="10 frames, 11 are needed"):
         read_clip(folder / "a.webp", (10, 10), 11, fps=5)
@@ -133,9 +134,12 @@ def test_bad_folders(folder, monkeypatch, capsys, args, words):
     fill(folder / "clips", 1)
     (folder / "latents").mkdir()
     (folder / "latents/latents.json").write_text("{")
+    (folder / "out").mkdir()
+    (folder / "out/ckpt.pt").write_text("precious")
     module = tokenizer_module if "--encode" in args else train
     code, _, err = call(monkeypatch, capsys, *args, "--size", "16x24", module=module)
     assert code == 2 and all(w in err for w in words) and "Traceback" not in err, err
+    assert [f.name for f in (folder / "out").iterdir()] == ["ckpt.pt"]
 
 
 def test_training_on_clips_is_exact_for_any_workers_and_resumes(folder, monkeypatch, tiny_files, capsys):

@@ -196,6 +196,9 @@ def test_the_files_of_the_world(folder):
     gif = Image.open(folder / "out/world/1.gif")
     assert gif.n_frames == 5 and gif.size == (48, 32)
     assert (folder / "out/world/1.txt").read_text().strip() == world.clip(1, 1, 32, 48)[1]
+    for args in (["--frames", 0], ["--size", "0x8"], ["--seed", -1], ["--out", "out/world/1.txt"]):
+        done = script("data/world.py", *args)
+        assert done.returncode == 2 and str(args[1]) in done.stderr and "Traceback" not in done.stderr
 
 
 def test_cat_ships():

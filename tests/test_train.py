@@ -45,10 +45,13 @@ def test_resumed_is_bit_for_bit_the_run_that_was_not_stopped(folder, monkeypatch
     assert run_train(monkeypatch, *args, "--out", "whole") == 0
     real = train.rate_at  # a signal in the middle of step 4, in stage 2
     monkeypatch.setattr(train, "rate_at", lambda a, step: (os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None, real(a, step))[1])
-    assert run_train(monkeypatch, *args, "--out", "parts") == 130
+    assert run_train(monkeypatch, *args, "--out", "parts", "--export", "small.pt") == 130
     monkeypatch.setattr(train, "rate_at", real)
     assert torch.load("parts/ckpt.pt", weights_only=True)["step"] == 4
+    with (folder / "parts/log.csv").open("a") as log:
+        log.write("5,2,1")  # as a killed run leaves it
     assert run_train(monkeypatch, "--resume", "--out", "parts", "--dtype", "float32") == 0
+    assert (folder / "small.pt").exists()  # --export is remembered
     assert same(params("whole/ckpt.pt"), params("parts/ckpt.pt")) and same(params("whole/ckpt.pt", "ema"), params("parts/ckpt.pt", "ema"))
     rows = (folder / "parts/log.csv").read_text().split("\n")
     whole = (folder / "whole/log.csv").read_text().split("\n")
