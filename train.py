@@ -108,6 +108,8 @@ def setup(argv=None):
         path = a.data / "tokenizer.pt"
         tokenizer, a.tokenizer = unpack(load(path, "latents")["tokenizer"], path, a.tokenizer, device), a.tokenizer or path
         a.stride = tokenizer.stride
+    elif a.init and not a.tokenizer and (init := load(a.init, "videomar")).get("tokenizer", {}).get("stride") == a.stride:
+        tokenizer, a.tokenizer = unpack(init["tokenizer"], a.init, None, device), a.init  # its weights know these tokens
     else:
         name = f"tokenizer-{'x'.join(map(str, a.stride))}.pt"
         a.tokenizer = a.tokenizer or next((p for p in (a.out / name, Path("out") / name) if p.exists()), DATA / name)

@@ -225,6 +225,15 @@ def test_a_resolution_stage_starts_from_the_low_one(folder, monkeypatch, tiny_fi
     assert "17 frames 32x48" in done.stdout and (folder / "out/cat.gif").exists()
 
 
+def test_init_brings_its_tokenizer(folder, monkeypatch, tiny_files):
+    """Its weights know the tokens of that one, and not those of another with the same stride in out/."""
+    other = tiny_tokenizer()
+    other.encoder[0].weight.data += 1
+    tokenizer_module.save(tokenizer_module.pack(other), folder / "out/tokenizer-4x8x8.pt")
+    assert run_train(monkeypatch, "--frames", "5", "--size", "16x24", "--steps", 1, "--batch", 2, "--init", tiny_files / "ckpt.pt") == 0
+    assert same(params("out/ckpt.pt", "tokenizer")["state"], params(tiny_files / "ckpt.pt", "tokenizer")["state"])
+
+
 def test_scripts_on_tiny_settings(folder, tiny_files):
     """tokenizer.py, train.py with it, sample.py with what came out, in the order of the README, from an empty folder."""
     done = script("tokenizer.py", "--steps", 3, "--batch", 2, "--width", 16, "--blocks", 1, "--size", "16x16", "--frames", 5)
