@@ -96,9 +96,10 @@ class Lab:
 
     def score(self, key, ckpt=None, frames=25, size=(64, 64), context=1, prompt=None, seed=0, **options):
         def f():
-            torch.manual_seed(seed)
+            model = self.model(ckpt or self.ckpt)
+            torch.manual_seed(seed)  # behind what making a model draws: all scores share their draws
             with self.inference(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                return evaluate(*self.model(ckpt or self.ckpt), self.a.clips, frames, size, options, self.folder / f"{key}.png", 12, context, prompt,
+                return evaluate(*model, self.a.clips, frames, size, options, self.folder / f"{key}.png", 12, context, prompt,
                                 batch=max(1, 16 * 25 * 64 * 64 // (frames * size[0] * size[1])))
         return self.once(key, f)
 
