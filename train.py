@@ -88,7 +88,7 @@ def options_parser():
 
 
 def setup(argv=None):
-    """The arguments, checked; with --resume the checkpoint they start from; tokenizer, clips and device. Raises Bad."""
+    """The arguments, checked; the checkpoint of --resume, the one of --init; tokenizer, clips and device. Raises Bad."""
     parser, checkpoint = options_parser(), None
     a = parser.parse_args(argv)
     if a.resume:
@@ -100,6 +100,7 @@ def setup(argv=None):
             raise Bad(f"--resume: {path} was exported for sampling; continue it with --init {path}")
         parser.set_defaults(**checkpoint["args"])
         a = parser.parse_args(argv)
+    init = load(a.init, "videomar") if a.init and not checkpoint else None
     device = choose_device(a.device)
     source = open_data(a.data, a.fps)
     if checkpoint:
@@ -108,7 +109,7 @@ def setup(argv=None):
         path = a.data / "tokenizer.pt"
         tokenizer, a.tokenizer = unpack(load(path, "latents")["tokenizer"], path, a.tokenizer, device), a.tokenizer or path
         a.stride = tokenizer.stride
-    elif a.init and not a.tokenizer and (init := load(a.init, "videomar")).get("tokenizer", {}).get("stride") == a.stride:
+    elif init and not a.tokenizer and init.get("tokenizer", {}).get("stride") == a.stride:
         tokenizer, a.tokenizer = unpack(init["tokenizer"], a.init, None, device), a.init  # its weights know these tokens
     else:
         name = f"tokenizer-{'x'.join(map(str, a.stride))}.pt"
@@ -152,7 +153,7 @@ def setup(argv=None):
     a.lr, a.optimiser = a.lr or RATE[a.preset], a.optimiser or OPTIMISER[a.preset]
     if a.shard and (ranks == 1 or a.optimiser == "muon"):
         raise Bad("--shard: " + ("start it with torchrun on several ranks" if ranks == 1 else "Muon needs whole matrices; give --optimiser adamw"))
-    return a, checkpoint, tokenizer, source, device
+    return a, checkpoint, init, tokenizer, source, device
 
 
 def part_of_batch(a, source, step, part, parts, frames, turn=0, whole=None):
@@ -236,7 +237,7 @@ def whole(state):
 
 def main():
     # ---------------------------------------------------------------------------------------------------- plan
-    a, checkpoint, tokenizer, source, device = setup()
+    a, checkpoint, init, tokenizer, source, device = setup()
     config = replace(PRESETS[a.preset], attention=a.attention, loss=a.loss, position=a.position, channels=tokenizer.channels)
     if a.plan:
         return show_plan(a, config)
@@ -265,7 +266,7 @@ def main():
     torch.manual_seed(a.seed)
     if checkpoint or a.init:
         path = a.out / "ckpt.pt" if checkpoint else a.init
-        model = load_model(path, device, checkpoint, dtype, a.text, tokenizer)[0].train()
+        model = load_model(path, device, checkpoint or init, dtype, a.text, tokenizer)[0].train()
         for name in ("layers", "dim", "channels", "attention", "loss", "position"):
             had, wanted = getattr(model.config, name), getattr(config, name)
             if had != wanted:
@@ -275,7 +276,7 @@ def main():
         text = Pretrained(a.text, device, dtype) if a.text else Words(config.text_dim)
         config = replace(config, text_dim=text.dim)
         model = VideoMAR(config, text).to(device)
-    ema, step = copy.deepcopy(model).requires_grad_(False), 0
+    ema, step, init = copy.deepcopy(model).requires_grad_(False), 0, None  # what --init read may be large
     if checkpoint:  # `ema` is the copy of the averaged weights
         model.load_state_dict(checkpoint["model"])
     if a.shard:
