@@ -18,9 +18,9 @@ import torch
 from tqdm import tqdm
 
 from data import measures, world
-from data.video import draw, enlarge, find, need_av, read_clip, read_csv, to_uint8, torchrun, write_strip, write_video
-from tokenizer import (DATA, Bad, Pretrained, Words, check_options, check_size, check_writable, choose_device, choose_dtype, load,
-                       parse_numbers, psnr, run, to_float, unpack)
+from data.files import DATA, Bad, check_options, check_writable, choose_device, choose_dtype, load, parse_numbers, run, torchrun
+from data.video import draw, enlarge, find, need_av, read_clip, read_csv, to_float, to_uint8, write_strip, write_video
+from tokenizer import Pretrained, Words, check_size, unpack
 from videomar import Cache, Config, Diffusion, VideoMAR, progressive_temperature, unmask_counts
 
 
@@ -154,7 +154,7 @@ def evaluate(model, tokenizer, count, frames, size, options, out, fps, context=1
         last = s * (context - 1)  # given picture
         rivals = clips, truth[:, :, last:last + 1].expand_as(truth), tokenizer.decode(latents)
         spans = [slice(1 + i, 1 + i + s) for i in range(last, frames - 1, s)]
-        tables.append(torch.stack([torch.stack([psnr(v[:, :, f], truth[:, :, f]) for f in spans], -1) for v in rivals], 1))
+        tables.append(torch.stack([torch.stack([measures.psnr(v[:, :, f], truth[:, :, f]) for f in spans], -1) for v in rivals], 1))
         pixels = [[to_uint8(v[i]) for v in (truth, *rivals)] for i in range(len(truth))]
         for i, (real, *others) in enumerate(pixels):
             scene = world.scene(first + i, *size, held_out=True)
@@ -264,6 +264,8 @@ def check(a):
                   scale=(1, 64), fps=(1, 240), eval=(1, math.inf), seed=(0, 2**63 - 1))
     if (a.eval or a.prompts) and (a.then or a.box or a.mask or a.video or a.img):
         raise Bad("--eval and --prompts have pictures of their own; leave out --img, --video, --then, --box and --mask")
+    if a.eval and (a.n > 1 or a.scale not in (None, 1)):
+        raise Bad("--eval: it makes each clip once, in its own size; leave out --n and --scale")
     if a.img and a.video or a.eval and a.prompts:
         raise Bad("give one of --img and --video, of --eval and --prompts")
     if a.context and not (a.video or a.eval):
@@ -322,6 +324,8 @@ def main():
         then = {-(-int(f) // s): [p] * a.n for f, p in a.then}
         if then and (a.no_cache or keep is not None or not model.config.cuts):
             raise Bad("--then: it changes what follows the cache; leave out --no-cache, --box and --mask, and sample a causal next-frame model")
+        if len(then) < len(a.then):
+            raise Bad(f"--then: two of the prompts begin in one latent frame, of {s} pixel frames; give frames farther apart")
         if not all(n0 <= f <= (frames - 1) // s for f in then):
             raise Bad(f"--then {' '.join(f for f, _ in a.then)}: give a frame that is generated, from {max(0, 1 + s * (n0 - 1))} to {frames - 1}")
         start = time.time()

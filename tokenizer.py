@@ -8,61 +8,25 @@ is a module that maps captions to states and a mask. Whatever offers these can s
     python tokenizer.py --encode DIR --out LATENTS                               your clips, once: train.py --data LATENTS
 """
 import argparse
+import json
 import math
-import os
 import re
-import shutil
 import sys
 import time
-import warnings
 import zlib
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from tqdm import tqdm
 
-DATA = Path(__file__).parent / "data"
-
-
-class Bad(Exception):
-    """Bad input: one line that names the thing, what is wrong and what would be right."""
-
-
-def run(main):
-    """Runs a script's main: bad input, a full disk or too little memory is one line on stderr and exit code 2."""
-    try:
-        return main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Bad as e:
-        line = e
-    except OSError as e:
-        line = f"{e.filename or 'output'}: {e.strerror or e}"
-    except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e):  # the CPU's has no class
-            raise
-        line = "not enough memory; ask for a smaller --size, --batch or --n, or fewer --frames"
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-    sys.exit(2)
-
-
-def check_options(a, **limits):
-    """Raises Bad for the first option that is given and not within its limits (least, most), naming it."""
-    for name, (least, most) in limits.items():
-        value = getattr(a, name)
-        if value is not None and not least <= value <= most:
-            raise Bad(f"--{name.replace('_', '-')} {value}: it must be " + (f"at least {least}" if most == math.inf else f"from {least} to {most}"))
-
-
-def check_writable(path, option="--out"):
-    """Raises Bad unless a file can be written at `path`, whose folders may still be missing."""
-    there = next(p for p in Path(path).absolute().parents if p.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)) or Path(path).name in ("", ".."):
-        raise Bad(f"{option} {path}: {there} is not a folder that can be written; choose another place")
+from data.files import DATA, Bad, check_options, check_writable, choose_device, choose_dtype, load, parse_numbers, run, save, torchrun, write
+from data.measures import psnr
+from data.video import Folder, Latents, open_data, to_float
 
 
 # ------------------------------------------------------------------------------------------------------- video
@@ -246,48 +210,7 @@ class Pretrained(nn.Module):
         return torch.stack([F.pad(s, (0, 0, 0, longest - len(s))) for s in states]).float().to(device), mask.to(device)
 
 
-# ------------------------------------------------------------------------------------------- files and hardware
-def write(path, save):
-    """Calls save(a temporary name of the same ending), then renames: whatever happens, `path` is an old or a new whole file
-    (or folder of pictures). Raises Bad."""
-    path = Path(path)
-    if path.is_dir() and any(f.suffix != ".png" or not f.stem.isdigit() for f in path.iterdir()):
-        raise Bad(f"{path}: a folder with other things in it; choose another place with --out")
-    part = path.with_name(f".{os.environ.get('RANK', 0)}-{os.getpid()}.part-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(part)
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(part, path)
-    except Exception as e:  # a full disk (RuntimeError of torch's), or more pixels than the format can hold
-        if part.is_dir():
-            shutil.rmtree(part)
-        elif path.parent.is_dir():
-            part.unlink(missing_ok=True)
-        raise Bad(f"{path}: cannot write it ({getattr(e, 'strerror', None) or e}); choose a place with room with --out, or a smaller --scale") from None
-
-
-def save(what, path):
-    write(path, lambda part: torch.save(what, part))
-
-
-def load(path, kind):
-    """A file of ours as a dict of tensors and plain values; weights_only, so nothing in it is ever executed."""
-    path = Path(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch, about files that are refused anyway
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise Bad(f"{path}: no such file; give a {kind} written by this code") from None
-    except Exception as e:
-        raise Bad(f"{path}: not a {kind} of ours, or damaged ({type(e).__name__}); give one written by this code") from None
-    if not isinstance(content, dict) or content.get("kind") != kind:
-        raise Bad(f"{path}: not a {kind}; give one written by this code")
-    return content
-
-
+# ------------------------------------------------------------------------------- tokenizers and latents as files
 def pack(tokenizer):
     """A tokenizer as a small dict, half precision; of a Cosmos one, what is not in its files."""
     if isinstance(tokenizer, Cosmos):
@@ -322,46 +245,56 @@ def open_tokenizer(path, device="cpu"):
     return Cosmos(path, device=device) if path.is_dir() else unpack(load(path, "tokenizer"), path, device=device)
 
 
-def choose_device(name=None):
-    """`name`, or the best device there is. Raises Bad for one that is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = name or next(k for k, ok in there.items() if ok)
-    name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name  # torchrun's
-    try:
-        if not there[name.split(":")[0]]:
-            raise KeyError
-        return torch.empty(0, device=name).device
-    except (KeyError, RuntimeError, AssertionError):
-        raise Bad(f"--device {name}: there is none here; this machine has {', '.join(k for k, ok in there.items() if ok)}") from None
+def encode(folder, out, tokenizer, frames, size, fps, device, text=None, each=256):
+    """Latents of the clips below `folder`, once: float16 shards of `each` clips, captions, states of the text.
 
+    A whole shard is never redone: a run that was killed goes on, and the ranks of torchrun share the shards."""
+    source = Folder(folder, fps)
+    print(source.about, flush=True)
+    check_size(tokenizer.stride, frames, *size)
+    if isinstance(tokenizer, Cosmos):
+        tokenizer.measure(to_float(source.batch(range(16), frames, size)[0]).to(device))
+    rank, ranks = torchrun()
+    shards, plan, packed = range(-(-len(source.clips) // each)), out / "plan.json", pack(tokenizer)
+    listed = zlib.crc32(repr([(str(p.relative_to(folder)), c) for p, c in source.clips]).encode(errors="replace"))
+    weights = zlib.crc32(b"".join(v.numpy().tobytes() for v in packed.get("state", {}).values()))
+    meta = {"stride": list(tokenizer.stride), "frames": frames, "size": list(size), "fps": fps, "text": getattr(text, "name", None), "each": each,
+            "listed": listed, "tokenizer": weights}
+    if plan.exists() and json.loads(plan.read_text()) != meta:
+        raise Bad(f"--out {out}: holds latents of other clips, settings or tokenizer; choose another folder, or remove it")
+    if not plan.exists():
+        save({"kind": "latents", "tokenizer": packed}, out / "tokenizer.pt")
+        write(plan, lambda part: part.write_text(json.dumps(meta)))
 
-def choose_dtype(name, device):
-    """`name`, or what the hardware is fast at: bfloat16 on CUDA and on CPUs with AVX512-bf16, else float32."""
-    fast = device.type == "cuda" or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, None: torch.bfloat16 if fast else torch.float32}[name]
+    def put(kind, i, array):
+        write(out / f"{kind}-{i:05d}.npy", lambda part: np.save(part, array))
 
-
-def parse_numbers(text, like="64x64"):
-    """"64x96" -> (64, 96), as many as in `like`; of "5,13,25" any number. Raises argparse's error otherwise."""
-    sign = "," if "," in like else "x"
-    numbers = tuple(map(int, text.split(sign))) if re.fullmatch(rf"\d+({sign}\d+)*", text) else ()
-    if not numbers or 0 in numbers or sign == "x" and len(numbers) != len(like.split("x")):
-        raise argparse.ArgumentTypeError(f"{text!r} should be whole numbers such as {like}")
-    return numbers
+    there = lambda i: (out / f"latents-{i:05d}.npy").exists()
+    for i in tqdm([i for i in shards if i % ranks == rank and not there(i)], "shards", disable=rank > 0):
+        latents, captions, states = [], [], []
+        for j in range(i * each, min((i + 1) * each, len(source.clips))):
+            if clip := source.read(j, frames, size, 0.5):
+                with torch.no_grad():
+                    latents.append(tokenizer.encode(to_float(torch.from_numpy(clip[0][None])).to(device))[0].cpu().numpy().astype(np.float16))
+                    states.append(text.one(clip[1]).float().numpy().astype(np.float16) if text else np.zeros((1, 1)))
+                captions.append(clip[1].encode())
+        if text:
+            lengths = np.array([len(s) for s in states], np.int32)
+            put("words", i, lengths)
+            put("text", i, np.stack([np.pad(s, ((0, lengths.max() - len(s)), (0, 0))) for s in states]) if states else np.zeros((0,)))
+        put("captions", i, np.array(captions or [b""]))
+        put("latents", i, np.stack(latents) if latents else np.zeros((0,)))  # last: a shard with it is whole
+    if all(map(there, shards)):  # true for the rank that ends last
+        clips = [len(np.load(out / f"latents-{i:05d}.npy", mmap_mode="r")) for i in shards]
+        if not sum(clips):
+            for f in (*out.glob("*-[0-9][0-9][0-9][0-9][0-9].npy"), plan, out / "tokenizer.pt"):
+                f.unlink()  # nothing else: --out may hold more
+            source.nothing()
+        write(out / "latents.json", lambda part: part.write_text(json.dumps({**meta, "clips": clips})))
+    return source
 
 
 # ---------------------------------------------------------------------------------------------------- training
-def to_float(video):
-    """uint8 (batch, frames, H, W, 3) -> (batch, 3, frames, H, W) in [-1, 1]."""
-    return video.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-
-
-def psnr(video, truth):
-    """Peak signal to noise ratio in dB of each clip, over all dimensions but the first; at most 50 (a still copy)."""
-    mse = (video.clamp(-1, 1) - truth).pow(2).flatten(1).mean(1)
-    return 10 * torch.log10(4 / mse.clamp(min=4e-5))
-
-
 def options_parser():
     p = argparse.ArgumentParser(description="Train the video tokenizer, or encode clips with one")
     p.add_argument("--data", type=Path, help="folder of clips to train on (the drawn world)")
@@ -387,7 +320,6 @@ def options_parser():
 
 
 def main():
-    from data.video import Latents, encode, open_data  # which imports this file
     a = options_parser().parse_args()
     check_size(a.stride, a.frames, *a.size)
     check_options(a, steps=(1, math.inf), decoder_steps=(0, math.inf), batch=(1, math.inf), width=(4, math.inf), blocks=(0, math.inf),
@@ -443,5 +375,4 @@ def main():
 
 
 if __name__ == "__main__":
-    import tokenizer  # under its name: what data/video.py raises is then what `run` catches
-    tokenizer.run(tokenizer.main)
+    run(main)

@@ -30,10 +30,12 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from data.video import Latents, open_data, to_uint8, torchrun, write_strip
+from data.files import (DATA, Bad, check_options, check_writable, choose_device, choose_dtype, load, parse_numbers, run, save,
+                        torchrun)
+from data.measures import psnr
+from data.video import Latents, open_data, to_float, to_uint8, write_strip
 from sample import generate, load_model
-from tokenizer import (DATA, Bad, Cosmos, Pretrained, Words, check_options, check_size, check_writable, choose_device, choose_dtype, load,
-                       open_tokenizer, pack, parse_numbers, psnr, run, save, to_float, unpack)
+from tokenizer import Cosmos, Pretrained, Words, check_size, open_tokenizer, pack, unpack
 from videomar import PRESETS, VideoMAR
 
 STEPS = {"toy": (1400, 200, 770), "paper": (50000, 50000, 100000)}  # of three stages: 5, 13 and 25 frames

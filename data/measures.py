@@ -4,10 +4,17 @@ The read-out is the same for a generated clip and the true one: a pixel belongs 
 the sprite's than to the background and the other sprite.
 """
 import numpy as np
+import torch
 
 from data import world
 
 NAMES = ("shape", "colour", "motion_error", "background", "smoothness", "dynamic_degree")
+
+
+def psnr(video, truth):
+    """Peak signal to noise ratio in dB of each clip, over all dimensions but the first; at most 50 (a still copy)."""
+    mse = (video.clamp(-1, 1) - truth).pow(2).flatten(1).mean(1)
+    return 10 * torch.log10(4 / mse.clamp(min=4e-5))
 
 
 def masks(video, scene):

@@ -1,4 +1,5 @@
-"""Pictures and clips as files: reading and writing them, folders of your own to train on, and latents encoded once.
+"""Pictures and clips as files: reading and writing them, and what training takes them from: the drawn world, a folder of your
+own, latents encoded once.
 
 Pillow reads what it can; .mp4, .webm and .mov go through av (pip install av).
 """
@@ -9,7 +10,6 @@ import os
 import re
 import sys
 import warnings
-import zlib
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from data import world
-from tokenizer import DATA, Bad, Cosmos, check_size, pack, save, to_float, write
+from data.files import DATA, Bad, write
 
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 VIDEOS, MOVING, STILLS = (".mp4", ".webm", ".mov", ".mkv"), (".gif", ".webp", ".apng"), (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
@@ -226,7 +226,7 @@ class Caption(str):
 
 
 class Latents(World):
-    """What `encode` wrote. Shards are memory-mapped, a few at a time: memory does not grow with the set."""
+    """What `tokenizer.py --encode` wrote. Shards are memory-mapped, a few at a time: memory does not grow with the set."""
 
     def __init__(self, folder):
         self.folder, self.skipped = folder, {}
@@ -271,61 +271,12 @@ def open_data(path, fps=None):
     return Latents(path) if any((path / name).exists() for name in ("latents.json", "plan.json")) else Folder(path, fps)
 
 
-def torchrun():
-    """The number of this process among those that torchrun started, and how many they are; 0 and 1 without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def encode(folder, out, tokenizer, frames, size, fps, device, text=None, each=256):
-    """Latents of the clips below `folder`, once: float16 shards of `each` clips, captions, states of the text.
-
-    A whole shard is never redone: a run that was killed goes on, and the ranks of torchrun share the shards."""
-    source = Folder(folder, fps)
-    print(source.about, flush=True)
-    check_size(tokenizer.stride, frames, *size)
-    if isinstance(tokenizer, Cosmos):
-        tokenizer.measure(to_float(source.batch(range(16), frames, size)[0]).to(device))
-    rank, ranks = torchrun()
-    shards, plan, packed = range(-(-len(source.clips) // each)), out / "plan.json", pack(tokenizer)
-    listed = zlib.crc32(repr([(str(p.relative_to(folder)), c) for p, c in source.clips]).encode(errors="replace"))
-    weights = zlib.crc32(b"".join(v.numpy().tobytes() for v in packed.get("state", {}).values()))
-    meta = {"stride": list(tokenizer.stride), "frames": frames, "size": list(size), "fps": fps, "text": getattr(text, "name", None), "each": each,
-            "listed": listed, "tokenizer": weights}
-    if plan.exists() and json.loads(plan.read_text()) != meta:
-        raise Bad(f"--out {out}: holds latents of other clips, settings or tokenizer; choose another folder, or remove it")
-    if not plan.exists():
-        save({"kind": "latents", "tokenizer": packed}, out / "tokenizer.pt")
-        write(plan, lambda part: part.write_text(json.dumps(meta)))
-
-    def put(kind, i, array):
-        write(out / f"{kind}-{i:05d}.npy", lambda part: np.save(part, array))
-
-    there = lambda i: (out / f"latents-{i:05d}.npy").exists()
-    for i in tqdm([i for i in shards if i % ranks == rank and not there(i)], "shards", disable=rank > 0):
-        latents, captions, states = [], [], []
-        for j in range(i * each, min((i + 1) * each, len(source.clips))):
-            if clip := source.read(j, frames, size, 0.5):
-                with torch.no_grad():
-                    latents.append(tokenizer.encode(to_float(torch.from_numpy(clip[0][None])).to(device))[0].cpu().numpy().astype(np.float16))
-                    states.append(text.one(clip[1]).float().numpy().astype(np.float16) if text else np.zeros((1, 1)))
-                captions.append(clip[1].encode())
-        if text:
-            lengths = np.array([len(s) for s in states], np.int32)
-            put("words", i, lengths)
-            put("text", i, np.stack([np.pad(s, ((0, lengths.max() - len(s)), (0, 0))) for s in states]) if states else np.zeros((0,)))
-        put("captions", i, np.array(captions or [b""]))
-        put("latents", i, np.stack(latents) if latents else np.zeros((0,)))  # last: a shard with it is whole
-    if all(map(there, shards)):  # true for the rank that ends last
-        clips = [len(np.load(out / f"latents-{i:05d}.npy", mmap_mode="r")) for i in shards]
-        if not sum(clips):
-            for f in (*out.glob("*-[0-9][0-9][0-9][0-9][0-9].npy"), plan, out / "tokenizer.pt"):
-                f.unlink()  # nothing else: --out may hold more
-            source.nothing()
-        write(out / "latents.json", lambda part: part.write_text(json.dumps({**meta, "clips": clips})))
-    return source
-
-
 # ------------------------------------------------------------------------------------------------------ writing
+def to_float(video):
+    """uint8 (batch, frames, H, W, 3) -> (batch, 3, frames, H, W) in [-1, 1]."""
+    return video.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
 def to_uint8(video):
     """(3, frames, H, W) in [-1, 1] -> numpy uint8 (frames, H, W, 3)."""
     return ((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()

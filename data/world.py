@@ -171,7 +171,7 @@ def clip(seed, frames=25, height=64, width=64, held_out=False, turn=0):
 
 
 def options_parser():
-    from tokenizer import parse_numbers
+    from data.files import parse_numbers
     p = argparse.ArgumentParser(description="Write a few clips of the drawn world as GIF + .txt")
     p.add_argument("--n", type=int, default=4)
     p.add_argument("--seed", type=int, default=0)
@@ -182,8 +182,8 @@ def options_parser():
 
 
 def main():
+    from data.files import check_options, check_writable
     from data.video import write_video
-    from tokenizer import check_options, check_writable
     a = options_parser().parse_args()
     check_options(a, n=(1, 10**6), seed=(0, 2**62), frames=(1, 10**4))
     check_writable(a.out / "0.gif")
@@ -196,5 +196,5 @@ def main():
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    from tokenizer import run
+    from data.files import run
     run(main)

@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch  # noqa: E402
 
 import videomar  # noqa: E402
+from data.files import check_options, choose_device, choose_dtype, parse_numbers, run  # noqa: E402
 from sample import generate  # noqa: E402
-from tokenizer import Words, check_options, check_size, choose_device, choose_dtype, parse_numbers, run  # noqa: E402
+from tokenizer import Words, check_size  # noqa: E402
 from train import OPTIMISER, make_optimisers, muon_parameters  # noqa: E402
 from videomar import PRESETS, Cache, Diffusion, VideoMAR, rope_angles, unmask_counts  # noqa: E402
 

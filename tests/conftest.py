@@ -10,7 +10,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tokenizer import Tokenizer, Words, pack, save  # noqa: E402
+from data.files import save  # noqa: E402
+from tokenizer import Tokenizer, Words, pack  # noqa: E402
 from videomar import PRESETS, VideoMAR  # noqa: E402
 
 TINY = replace(PRESETS["toy"], layers=2, dim=64, heads=2, head_dim=32, text_dim=16, unmask_steps=3, sample_steps=5)

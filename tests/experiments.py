@@ -25,9 +25,10 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from data import measures, world  # noqa: E402
-from data.video import to_uint8, write_strip, write_video  # noqa: E402
+from data.files import Bad, choose_device, choose_dtype, run  # noqa: E402
+from data.measures import psnr  # noqa: E402
+from data.video import to_float, to_uint8, write_strip, write_video  # noqa: E402
 from sample import default_checkpoint, evaluate, generate, load_model  # noqa: E402
-from tokenizer import Bad, choose_device, choose_dtype, psnr, run, to_float  # noqa: E402
 
 EXPERIMENTS = {}
 

@@ -16,8 +16,8 @@ import tokenizer
 import train
 import videomar
 from data import world
-from data.video import read_clip
-from tokenizer import DATA, to_float
+from data.files import DATA
+from data.video import read_clip, to_float
 
 
 def call(monkeypatch, capsys, *args, module=sample):
@@ -231,6 +231,8 @@ BAD = [
     (["--img", "cat.png", "--then", "13", "later"], ["--then 13", "from 1 to 8"]),
     (["--img", "cat.png", "--then", "0", "later"], ["--then 0", "from 1 to 8"]),
     (["--img", "cat.png", "--then", "soon", "later"], ["--then", "frame"]),
+    (["--img", "cat.png", "--then", "5", "a", "--then", "6", "b"], ["--then", "4 pixel frames"]),
+    (["--eval", "1", "--n", "2"], ["--eval", "--n"]),
     (["--prompt", ""], ["--prompt TEXT"]),
     (["--eval", "1", "--context", "3"], ["--frames 9", "13 or more"]),
     (["--img", ""], ["picture"]),  # the current folder, which holds bad ones

@@ -14,10 +14,10 @@ from PIL import Image
 from test_cli import call
 from test_train import params, run_train, same
 
-import tokenizer as tokenizer_module
+import tokenizer
 from data import world
-from data.video import Folder, Latents, encode, open_data, read_clip, write_video
-from tokenizer import Bad
+from data.files import Bad
+from data.video import Folder, Latents, open_data, read_clip, to_float, write_video
 
 HAS_AV = importlib.util.find_spec("av") is not None
 SIZE = (16, 24)
@@ -136,7 +136,7 @@ def test_bad_folders(folder, monkeypatch, capsys, args, words):
     (folder / "latents/latents.json").write_text("{")
     (folder / "out").mkdir()
     (folder / "out/ckpt.pt").write_text("precious")
-    module = tokenizer_module if "--encode" in args else train
+    module = tokenizer if "--encode" in args else train
     code, _, err = call(monkeypatch, capsys, *args, "--size", "16x24", module=module)
     assert code == 2 and all(w in err for w in words) and "Traceback" not in err, err
     assert [f.name for f in (folder / "out").iterdir()] == ["ckpt.pt"]
@@ -160,19 +160,19 @@ def test_latents_once(folder, monkeypatch, tiny_files, capsys):
     fill(folder / "clips", 8)
     (folder / "clips/broken.gif").write_bytes(b"GIF89a")
     net = tiny_tokenizer()
-    encode(folder / "clips", folder / "whole", net, 9, SIZE, None, "cpu", each=3)
+    tokenizer.encode(folder / "clips", folder / "whole", net, 9, SIZE, None, "cpu", each=3)
     shards = sorted(p.name for p in (folder / "whole").glob("latents-*"))
     assert len(shards) == 3 and json.loads((folder / "whole/latents.json").read_text())["clips"] == [2, 3, 3]  # the broken one sorts first
-    encode(folder / "clips", folder / "parts", net, 9, SIZE, None, "cpu", each=3)
+    tokenizer.encode(folder / "clips", folder / "parts", net, 9, SIZE, None, "cpu", each=3)
     os.remove(folder / "parts/latents-00001.npy")  # killed before this shard was whole
     os.remove(folder / "parts/latents.json")
     before = os.stat(folder / "parts/latents-00000.npy").st_mtime_ns
-    encode(folder / "clips", folder / "parts", net, 9, SIZE, None, "cpu", each=3)
+    tokenizer.encode(folder / "clips", folder / "parts", net, 9, SIZE, None, "cpu", each=3)
     assert os.stat(folder / "parts/latents-00000.npy").st_mtime_ns == before  # not redone
     for rank in "10":
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
-        encode(folder / "clips", folder / "ranks", net, 9, SIZE, None, "cpu", each=3)
+        tokenizer.encode(folder / "clips", folder / "ranks", net, 9, SIZE, None, "cpu", each=3)
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("WORLD_SIZE")
     for name in sorted(os.listdir("whole")):
@@ -180,13 +180,13 @@ def test_latents_once(folder, monkeypatch, tiny_files, capsys):
             for other in ("parts", "ranks"):
                 assert (folder / "whole" / name).read_bytes() == (folder / other / name).read_bytes()
     with pytest.raises(Bad, match="other clips, settings"):
-        encode(folder / "clips", folder / "whole", net, 5, SIZE, None, "cpu", each=3)
+        tokenizer.encode(folder / "clips", folder / "whole", net, 5, SIZE, None, "cpu", each=3)
     latents, captions = Latents(folder / "whole").batch(range(30), 9, SIZE)
     assert latents.shape == (30, 3, 2, 3, 16)
     truth = {c: v for v, c in (world.clip(i, 9, *SIZE) for i in range(8))}
     assert set(captions) == set(truth)
     with torch.no_grad():
-        want = net.encode(tokenizer_module.to_float(torch.from_numpy(truth[captions[0]][None])))
+        want = net.encode(to_float(torch.from_numpy(truth[captions[0]][None])))
     assert (latents[0] - want[0]).abs().mean() < 0.3
     assert torch.equal(Latents(folder / "whole").batch(range(30), 5, SIZE)[0], latents[:, :2])
     assert run_train(monkeypatch, "--data", "whole", "--size", "16x24", "--frames", 9, "--steps", 2, "--batch", 2, "--out", "run") == 0
@@ -198,15 +198,15 @@ def test_latents_once(folder, monkeypatch, tiny_files, capsys):
 def test_latents_of_other_clips_are_not_mixed(folder, monkeypatch):
     """Another tokenizer, another caption: nothing of it goes beside what is there. A shard that is lost is told."""
     fill(folder / "clips", 2)
-    encode(folder / "clips", folder / "latents", tiny_tokenizer(), 9, SIZE, None, "cpu")
+    tokenizer.encode(folder / "clips", folder / "latents", tiny_tokenizer(), 9, SIZE, None, "cpu")
     other = tiny_tokenizer()
     other.encoder[0].weight.data += 1
     before = sorted((p.name, p.stat().st_mtime_ns) for p in (folder / "latents").iterdir())
     with pytest.raises(Bad, match="other clips"):
-        encode(folder / "clips", folder / "latents", other, 9, SIZE, None, "cpu")
+        tokenizer.encode(folder / "clips", folder / "latents", other, 9, SIZE, None, "cpu")
     (folder / "clips/clip0.txt").write_text("else")
     with pytest.raises(Bad, match="other clips"):
-        encode(folder / "clips", folder / "latents", tiny_tokenizer(), 9, SIZE, None, "cpu")
+        tokenizer.encode(folder / "clips", folder / "latents", tiny_tokenizer(), 9, SIZE, None, "cpu")
     assert sorted((p.name, p.stat().st_mtime_ns) for p in (folder / "latents").iterdir()) == before
     source = Latents(folder / "latents")
     os.remove("latents/latents-00000.npy")
@@ -224,7 +224,7 @@ def test_states_of_the_text_are_those_of_training(folder):
         def one(self, caption):
             return torch.randn(len(caption.split()), 8, generator=torch.Generator().manual_seed(len(caption))).bfloat16()
     fill(folder / "clips", 4)
-    encode(folder / "clips", folder / "latents", tiny_tokenizer(), 9, SIZE, None, "cpu", Encoder())
+    tokenizer.encode(folder / "clips", folder / "latents", tiny_tokenizer(), 9, SIZE, None, "cpu", Encoder())
     for caption in Latents(folder / "latents").batch(range(9), 9, SIZE)[1]:
         assert torch.equal(caption.states, Encoder().one(caption).half())
 

@@ -8,8 +8,8 @@ from test_train import run_train
 from torch import nn
 
 import train
-from data.video import draw
-from tokenizer import Cosmos, Pretrained, to_float
+from data.video import draw, to_float
+from tokenizer import Cosmos, Pretrained
 
 
 class Encoder(nn.Module):

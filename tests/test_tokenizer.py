@@ -5,8 +5,10 @@ import torch
 from conftest import ROOT, tiny_tokenizer
 
 from data import measures, world
-from data.video import draw
-from tokenizer import DATA, Bad, Words, check_size, load, pack, psnr, to_float, unpack
+from data.files import DATA, Bad, load
+from data.measures import psnr
+from data.video import draw, to_float
+from tokenizer import Words, check_size, pack, unpack
 
 
 @pytest.mark.parametrize("stride, frames, size", [((4, 8, 8), 13, (24, 16)), ((8, 16, 16), 17, (32, 48))])

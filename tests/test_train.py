@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import ROOT, script, tiny_model, tiny_tokenizer
 
-import tokenizer as tokenizer_module
 import train
 import videomar
-from data import measures
+from data import files, measures
+from tokenizer import pack
 
 TINY = ["--size", "16x16", "--frames", "5,9", "--steps", "3", "--batch", "4", "--dtype", "float32", "--warmup", "2"]
 
@@ -65,7 +65,8 @@ def test_kill_9_during_a_save_leaves_the_last_good_checkpoint(folder):
     """A process that is killed with half of a file written, and one killed at whatever moment it is."""
     code = f"""
 import os, sys; sys.path.insert(0, {str(ROOT)!r})
-import torch, tokenizer
+import torch
+from data import files
 big, real = torch.zeros(3_000_000), torch.save
 def half(what, path):
     real(what, path)
@@ -74,7 +75,7 @@ def half(what, path):
 for i in range(1, 10**9):
     if i == 3 and sys.argv[1] == "half":
         torch.save = half
-    tokenizer.save({{"kind": "x", "i": i, "big": big + i}}, "ckpt.pt")
+    files.save({{"kind": "x", "i": i, "big": big + i}}, "ckpt.pt")
     print(i, flush=True)
 """
     for how in ("half", "any", "any"):
@@ -84,22 +85,22 @@ for i in range(1, 10**9):
             time.sleep(random.uniform(0.0, 0.2))
             p.kill()
         assert p.wait() == -signal.SIGKILL
-        content = tokenizer_module.load("ckpt.pt", "x")
+        content = files.load("ckpt.pt", "x")
         assert content["i"] >= 1 and (content["big"] == content["i"]).all()
         assert how == "any" or content["i"] == 2
 
 
 def test_save_writes_beside_and_renames(folder, monkeypatch):
-    tokenizer_module.save({"kind": "x", "a": 1}, "f.pt")
+    files.save({"kind": "x", "a": 1}, "f.pt")
 
     def half(what, path):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(tokenizer_module.Bad, match="No space left"):
-        tokenizer_module.save({"kind": "x", "a": 2}, "f.pt")
-    assert tokenizer_module.load("f.pt", "x")["a"] == 1 and os.listdir() == ["f.pt"]
+    with pytest.raises(files.Bad, match="No space left"):
+        files.save({"kind": "x", "a": 2}, "f.pt")
+    assert files.load("f.pt", "x")["a"] == 1 and os.listdir() == ["f.pt"]
 
 
 def test_two_ranks_give_the_gradients_of_one_process(folder, tiny_files):
@@ -213,7 +214,7 @@ def test_rate():
 
 def test_a_resolution_stage_starts_from_the_low_one(folder, monkeypatch, tiny_files, capsys):
     """Another tokenizer, stride and size, the same weights; then the checkpoint samples at its own size."""
-    tokenizer_module.save(tokenizer_module.pack(tiny_tokenizer((8, 16, 16))), folder / "strong.pt")
+    files.save(pack(tiny_tokenizer((8, 16, 16))), folder / "strong.pt")
     assert run_train(monkeypatch, "--frames", "17", "--size", "32x48", "--stride", "8x16x16", "--tokenizer", "strong.pt", "--steps", 1,
                      "--lr", "1e-9", "--batch", 2, "--init", tiny_files / "ckpt.pt", "--out", "high", "--export", "small.pt") == 0
     before, after = params(tiny_files / "ckpt.pt", "ema"), params("high/ckpt.pt")
@@ -229,7 +230,7 @@ def test_init_brings_its_tokenizer(folder, monkeypatch, tiny_files):
     """Its weights know the tokens of that one, and not those of another with the same stride in out/."""
     other = tiny_tokenizer()
     other.encoder[0].weight.data += 1
-    tokenizer_module.save(tokenizer_module.pack(other), folder / "out/tokenizer-4x8x8.pt")
+    files.save(pack(other), folder / "out/tokenizer-4x8x8.pt")
     assert run_train(monkeypatch, "--frames", "5", "--size", "16x24", "--steps", 1, "--batch", 2, "--init", tiny_files / "ckpt.pt") == 0
     assert same(params("out/ckpt.pt", "tokenizer")["state"], params(tiny_files / "ckpt.pt", "tokenizer")["state"])
 
