@@ -8,6 +8,7 @@
 import argparse
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -18,8 +19,8 @@ import torch
 from tqdm import tqdm
 
 from data import measures, world
-from data.files import DATA, Bad, check_options, check_writable, choose_device, choose_dtype, load, parse_numbers, run, torchrun
-from data.video import draw, enlarge, find, need_av, read_clip, read_csv, to_float, to_uint8, write_strip, write_video
+from data.files import DATA, Bad, check_options, check_writable, choose_device, choose_dtype, load, need, parse_numbers, run, torchrun
+from data.video import draw, enlarge, find, read_clip, read_csv, to_float, to_uint8, write_strip, write_video
 from tokenizer import Pretrained, Words, check_size, unpack
 from videomar import Cache, Config, Diffusion, VideoMAR, progressive_temperature, unmask_counts
 
@@ -260,23 +261,23 @@ def check(a):
         except ValueError:
             raise Bad(f"--temperature {a.temperature}: give progressive or a number such as 0.9") from None
         check_options(a, temperature=(0, 2))
-    check_options(a, frames=(1, math.inf), steps=(1, math.inf), diffusion_steps=(2, 1000), cfg=(0, 100), n=(1, math.inf), context=(1, math.inf),
+    check_options(a, frames=(1, 10**6), steps=(1, math.inf), diffusion_steps=(2, 1000), cfg=(0, 100), n=(1, math.inf), context=(1, math.inf),
                   scale=(1, 64), fps=(1, 240), eval=(1, math.inf), seed=(0, 2**63 - 1))
-    if (a.eval or a.prompts) and (a.then or a.box or a.mask or a.video or a.img):
-        raise Bad("--eval and --prompts have pictures of their own; leave out --img, --video, --then, --box and --mask")
+    if (a.eval or a.prompts) and (a.then or a.box or a.mask or a.video or a.img) or a.prompts and a.prompt:
+        raise Bad("--eval and --prompts have pictures of their own, --prompts its texts, too; leave out --img, --video, --then, --box and --mask")
     if a.eval and (a.n > 1 or a.scale not in (None, 1)):
         raise Bad("--eval: it makes each clip once, in its own size; leave out --n and --scale")
     if a.img and a.video or a.eval and a.prompts:
         raise Bad("give one of --img and --video, of --eval and --prompts")
-    if a.context and not (a.video or a.eval):
-        raise Bad("--context: it counts latent frames of a clip; give it with --video or --eval")
+    if a.context and (a.box or a.mask or not (a.video or a.eval)):
+        raise Bad("--context: it counts the latent frames that are given of a clip; give it with --video or --eval, without --box and --mask")
     if a.out and a.out.suffix not in (".gif", ".webp", ".png", ".mp4", ""):
         raise Bad(f"--out {a.out}: ending {a.out.suffix} is not known; use .gif, .webp, .png, .mp4, or none for a folder")
     if a.out and a.out.suffix == ".mp4":
-        need_av(f"--out {a.out}")
+        need("av", f"--out {a.out}")
     check_writable(a.out or Path("out/x"))
     if a.prompts:
-        need_av(f"--prompts {a.prompts}")
+        need("av", f"--prompts {a.prompts}")
         if a.out and a.out.suffix:
             raise Bad(f"--out {a.out}: with --prompts it is a folder; leave out {a.out.suffix}")
     if not (a.eval or a.prompts or a.img or a.video or a.prompt):
@@ -303,7 +304,7 @@ def main():
     context = a.context or (2 if a.video else 1)
     if a.eval and 1 + tokenizer.stride[0] * (context - 1) >= frames:
         raise Bad(f"--frames {frames}: there is nothing to compare behind what is given; give {1 + tokenizer.stride[0] * context} or more")
-    print(f"checkpoint {a.ckpt}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {frames} frames {size[0]}x{size[1]}")
+    print(f"checkpoint {os.path.relpath(a.ckpt)}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {frames} frames {size[0]}x{size[1]}")
     options = dict(steps=a.steps, diffusion_steps=a.diffusion_steps, cfg=a.cfg, cfg_schedule=a.cfg_schedule,
                    temperature=a.temperature, use_cache=not a.no_cache)
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -315,7 +316,11 @@ def main():
         source = source.resolve() if source.is_dir() else source  # "." has a name, too
         text = source.parent / f"{source.name if source.is_dir() else source.stem}.txt"
         prompt = a.prompt if a.prompt is not None else text.read_text(errors="replace").strip() if text.is_file() else ""
-        print(f"prompt: {prompt[:200]!r}" + ("" if a.prompt is not None or not prompt else f" (from {text})"))
+        print(f"prompt: {prompt[:200]!r}" + ("" if a.prompt is not None or not prompt else f" (from {os.path.relpath(text)})"))
+        out = a.out or Path("out") / f"{source.stem}.gif"
+        paths, strip = [out if a.n == 1 else out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(a.n)], out.with_name(f"{out.stem}-strip.png")
+        if source.resolve() in [p.resolve() for p in (*paths, strip)]:
+            raise Bad(f"{source}: what is read would be overwritten; name another file with --out")
         s = tokenizer.stride[0]
         keep = keep_outside(a, size, tokenizer.stride).to(device) if a.box or a.mask else None
         n0 = 1 + (frames - 1) // s if keep is not None else context if a.video else int(a.img is not None)  # latent frames given
@@ -336,12 +341,9 @@ def main():
         if device.type == "cuda":
             torch.cuda.synchronize()
     seconds = time.time() - start
-    out = a.out or Path("out") / f"{source.stem}.gif"
-    paths = [out if a.n == 1 else out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(a.n)]
     clips = [enlarge(to_uint8(c), a.scale) for c in clips]
     for path, clip in zip(paths, clips):
         write_video(path, clip, a.fps)
-    strip = out.with_name(f"{out.stem}-strip.png")
     write_strip(strip, clips, s)
     made = latents.shape[1] - (n0 if keep is None else 0)
     print(f"wrote {', '.join(map(str, paths))} and {strip}: {seconds:.1f} s, {seconds / made:.2f} s per latent frame "

@@ -101,12 +101,14 @@ class Cosmos(nn.Module):
                 setattr(self, name, torch.jit.load(path, map_location=device).eval())
             except Exception as e:
                 raise Bad(f"{path}: not a TorchScript file, or damaged ({type(e).__name__}); download it again") from None
+        self.folder, self.crc = folder, zlib.crc32((Path(folder) / "encoder.jit").read_bytes())  # tells one from another
         self.dtype = next((p.dtype for p in self.encoder.parameters()), torch.float32)
         try:
             video = torch.zeros(1, 3, 17, 128, 128, device=device)
             latents = self.raw(video)
             _, frames, height, width, self.channels = latents.shape
             self.stride = 16 // (frames - 1), 128 // height, 128 // width
+            self.measured = mean is not None
             self.register_buffer("mean", (torch.zeros(self.channels) if mean is None else mean).to(device))
             self.register_buffer("std", (torch.ones(self.channels) if std is None else std).to(device))
             if self.decode(latents).shape != video.shape:
@@ -190,7 +192,7 @@ class Pretrained(nn.Module):
             raise Bad(f"--text {name}: cannot be loaded ({type(e).__name__}); give a folder or a name on huggingface.co, such as Qwen/Qwen2-1.5B") from None
         self.hidden = [encoder]  # in a list, so that it is not saved
         self.name, self.dim, self.longest = str(name), encoder.config.hidden_size, longest
-        self.one = lru_cache(10_000)(self.one)
+        self.one = lru_cache(1000)(self.one)
 
     def __deepcopy__(self, memo):  # the averaged model reads the same text
         return self
@@ -214,9 +216,9 @@ class Pretrained(nn.Module):
 def pack(tokenizer):
     """A tokenizer as a small dict, half precision; of a Cosmos one, what is not in its files."""
     if isinstance(tokenizer, Cosmos):
-        return {"kind": "cosmos", "stride": tokenizer.stride, "channels": tokenizer.channels,
+        return {"kind": "cosmos", "stride": tokenizer.stride, "channels": tokenizer.channels, "crc": tokenizer.crc,
                 "mean": tokenizer.mean.cpu(), "std": tokenizer.std.cpu()}
-    state = {k: v.half() if v.is_floating_point() else v for k, v in tokenizer.state_dict().items()}
+    state = {k: (v.half() if v.is_floating_point() else v).cpu() for k, v in tokenizer.state_dict().items()}
     return {"kind": "tokenizer", **tokenizer.settings, "state": state}
 
 
@@ -229,6 +231,8 @@ def unpack(content, path="checkpoint", folder=None, device="cpu"):
         had, has = (content.get("stride"), content.get("channels")), (tokenizer.stride, tokenizer.channels)
         if had != has:
             raise Bad(f"{folder}: its stride and channels are {has}, but {path} was trained on {had}; give the folder it was trained on")
+        if content.get("crc") != tokenizer.crc:
+            raise Bad(f"{folder}: its encoder.jit is not the one that {path} was trained on; give the folder it was trained on")
         return tokenizer
     if folder:
         raise Bad(f"--tokenizer {folder}: {path} holds the tokenizer it was trained on; leave the option out")
@@ -240,9 +244,12 @@ def unpack(content, path="checkpoint", folder=None, device="cpu"):
     return tokenizer.to(device).eval().requires_grad_(False)
 
 
-def open_tokenizer(path, device="cpu"):
-    """A file of this script, or the folder of a Cosmos-Tokenizer. Raises Bad."""
-    return Cosmos(path, device=device) if path.is_dir() else unpack(load(path, "tokenizer"), path, device=device)
+def open_tokenizer(path, stride, *folders, device="cpu"):
+    """A file of this script, or the folder of a Cosmos-Tokenizer; without a path the one of `stride` in the first of the folders
+    that has one, else the one that ships -> path, tokenizer. Raises Bad."""
+    name = f"tokenizer-{'x'.join(map(str, stride))}.pt"
+    path = path or next((p for p in (folder / name for folder in folders) if p.exists()), DATA / name)
+    return path, Cosmos(path, device=device) if path.is_dir() else unpack(load(path, "tokenizer"), path, device=device)
 
 
 def encode(folder, out, tokenizer, frames, size, fps, device, text=None, each=256):
@@ -252,18 +259,20 @@ def encode(folder, out, tokenizer, frames, size, fps, device, text=None, each=25
     source = Folder(folder, fps)
     print(source.about, flush=True)
     check_size(tokenizer.stride, frames, *size)
-    if isinstance(tokenizer, Cosmos):
-        tokenizer.measure(to_float(source.batch(range(16), frames, size)[0]).to(device))
     rank, ranks = torchrun()
-    shards, plan, packed = range(-(-len(source.clips) // each)), out / "plan.json", pack(tokenizer)
-    listed = zlib.crc32(repr([(str(p.relative_to(folder)), c) for p, c in source.clips]).encode(errors="replace"))
-    weights = zlib.crc32(b"".join(v.numpy().tobytes() for v in packed.get("state", {}).values()))
+    shards, plan = range(-(-len(source.clips) // each)), out / "plan.json"
+    weights = zlib.crc32(b"".join(v.numpy().tobytes() for v in pack(tokenizer).get("state", {}).values())) if isinstance(tokenizer, Tokenizer) else tokenizer.crc
     meta = {"stride": list(tokenizer.stride), "frames": frames, "size": list(size), "fps": fps, "text": getattr(text, "name", None), "each": each,
-            "listed": listed, "tokenizer": weights}
+            "listed": source.listed, "tokenizer": weights}
     if plan.exists() and json.loads(plan.read_text()) != meta:
         raise Bad(f"--out {out}: holds latents of other clips, settings or tokenizer; choose another folder, or remove it")
+    if isinstance(tokenizer, Cosmos):
+        if plan.exists():
+            tokenizer = unpack(load(out / "tokenizer.pt", "latents")["tokenizer"], out / "tokenizer.pt", tokenizer.folder, device)
+        else:
+            tokenizer.measure(to_float(source.batch(range(16), frames, size)[0]).to(device))
     if not plan.exists():
-        save({"kind": "latents", "tokenizer": packed}, out / "tokenizer.pt")
+        save({"kind": "latents", "tokenizer": pack(tokenizer)}, out / "tokenizer.pt")
         write(plan, lambda part: part.write_text(json.dumps(meta)))
 
     def put(kind, i, array):
@@ -326,16 +335,16 @@ def main():
                   lr=(1e-9, 1), noise=(0, 10), fps=(0.01, 1000), seed=(0, 2**63 - 1))
     device = choose_device(a.device)
     dtype = choose_dtype(a.dtype, device)
-    name = f"tokenizer-{'x'.join(map(str, a.stride))}.pt"
-    path = a.out / name
+    path = a.out / f"tokenizer-{'x'.join(map(str, a.stride))}.pt"
     check_writable(path)
     torch.manual_seed(a.seed)
     if a.encode:
-        tokenizer = open_tokenizer(a.tokenizer or DATA / name, device)
+        name, tokenizer = open_tokenizer(a.tokenizer, a.stride, Path("out"), device=device)
+        print(f"tokenizer {name}")
         source = encode(a.encode, a.out, tokenizer, a.frames, a.size, a.fps, device, a.text and Pretrained(a.text, device, dtype))
         print(f"wrote latents to {a.out}; skipped {len(source.skipped)} files; python train.py --data {a.out} trains on them")
         return
-    source = open_data(a.data, a.fps)
+    source = open_data(a.data, a.fps, a.out)
     if isinstance(source, Latents):
         raise Bad(f"--data {a.data}: holds latents; give a folder of clips")
     tokenizer = Tokenizer(a.stride, width=a.width, blocks=a.blocks).to(device)

@@ -7,7 +7,6 @@
 import argparse
 import copy
 import csv
-import importlib.util
 import math
 import os
 import random
@@ -30,8 +29,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from data.files import (DATA, Bad, check_options, check_writable, choose_device, choose_dtype, load, parse_numbers, run, save,
-                        torchrun)
+from data.files import Bad, check_options, check_writable, choose_device, choose_dtype, load, need, parse_numbers, run, save, torchrun
 from data.measures import psnr
 from data.video import Latents, open_data, to_float, to_uint8, write_strip
 from sample import generate, load_model
@@ -50,8 +48,7 @@ def options_parser():
     p.add_argument("--steps", type=several, help="one number for all stages, or one per stage")
     p.add_argument("--size", type=parse_numbers, default=(64, 64), help="HEIGHTxWIDTH (64x64)")
     p.add_argument("--stride", type=lambda s: parse_numbers(s, "4x8x8"), default=(4, 8, 8), help="of the tokenizer (4x8x8)")
-    p.add_argument("--tokenizer", type=Path,
-                   help="file of tokenizer.py (out/tokenizer-STRIDE.pt if there is one, else data/), or folder of a Cosmos-Tokenizer")
+    p.add_argument("--tokenizer", type=Path, help="file of tokenizer.py (out/tokenizer-STRIDE.pt if there is one, else data/), or folder of a Cosmos-Tokenizer")
     p.add_argument("--text", help="folder or name of a text encoder for transformers, such as Qwen/Qwen2-1.5B (learned words)")
     p.add_argument("--data", type=Path, help="folder of clips, or of latents written by tokenizer.py --encode (the drawn world)")
     p.add_argument("--fps", type=float, help="pictures a second to take from the clips in --data (all)")
@@ -63,15 +60,13 @@ def options_parser():
     p.add_argument("--preset", choices=PRESETS, default="toy")
     p.add_argument("--batch", type=int, default=16, help="clips a step, over all ranks (16)")
     p.add_argument("--accumulate", type=int, default=1, help="parts in which each rank takes its share of the batch (1)")
-    p.add_argument("--optimiser", choices=("adamw", "muon"),
-                   help="muon: for the matrices inside the blocks and the head, AdamW for the rest (by the preset)")
+    p.add_argument("--optimiser", choices=("adamw", "muon"), help="muon: for the matrices inside the blocks and the head, AdamW for the rest (by the preset)")
     p.add_argument("--lr", type=float, help="learning rate (by the preset)")
     p.add_argument("--warmup", type=int, default=100, help="steps in which the rate rises (100)")
     p.add_argument("--decay", type=float, default=1.0, help="last share of all steps in which the rate falls to 0 (1; MAR 0)")
     p.add_argument("--ema", type=float, default=0.9999, help="of the averaged weights, less at the start (0.9999)")
     p.add_argument("--noise", type=float, default=0.15, help="std of the noise on the tokens (0.15): see the loop")
-    p.add_argument("--first", type=float, default=0.05,
-                   help="share of the steps that train frame 0, from the text alone (0.05); the paper is 0, and then no clip changes its motion either")
+    p.add_argument("--first", type=float, default=0.05, help="share of steps that train frame 0, from the text (0.05); at 0, the paper, no motion changes either")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (500)")
     p.add_argument("--attention", choices=("causal", "full"), default="causal", help="the paper's ablations")
@@ -104,23 +99,21 @@ def setup(argv=None):
         a = parser.parse_args(argv)
     init = load(a.init, "videomar") if a.init and not checkpoint else None
     device = choose_device(a.device)
-    source = open_data(a.data, a.fps)
+    source, had = open_data(a.data, a.fps, a.out), (init or {}).get("tokenizer") or {}
     if checkpoint:
         tokenizer, a.tokenizer = unpack(checkpoint["tokenizer"], path, a.tokenizer, device), a.tokenizer or path
     elif isinstance(source, Latents):
         path = a.data / "tokenizer.pt"
         tokenizer, a.tokenizer = unpack(load(path, "latents")["tokenizer"], path, a.tokenizer, device), a.tokenizer or path
-        a.stride = tokenizer.stride
-    elif init and not a.tokenizer and init.get("tokenizer", {}).get("stride") == a.stride:
-        tokenizer, a.tokenizer = unpack(init["tokenizer"], a.init, None, device), a.init  # its weights know these tokens
+    elif not a.tokenizer and had.get("stride") == a.stride:
+        tokenizer, a.tokenizer = unpack(had, a.init, None, device), a.init  # its weights know these tokens
     else:
-        name = f"tokenizer-{'x'.join(map(str, a.stride))}.pt"
-        a.tokenizer = a.tokenizer or next((p for p in (a.out / name, Path("out") / name) if p.exists()), DATA / name)
-        tokenizer = open_tokenizer(a.tokenizer, device)
-    if isinstance(tokenizer, Cosmos):
-        a.stride = tokenizer.stride
-    if tokenizer.stride != a.stride:
+        a.tokenizer, tokenizer = open_tokenizer(a.tokenizer, a.stride, a.out, Path("out"), device=device)
+        if isinstance(tokenizer, Cosmos) and tokenizer.crc == had.get("crc"):
+            tokenizer = unpack(had, a.init, a.tokenizer, device)  # and their mean and std
+    if tokenizer.stride != a.stride and not isinstance(tokenizer, Cosmos) and not isinstance(source, Latents):
         raise Bad(f"{a.tokenizer}: its stride is {'x'.join(map(str, tokenizer.stride))}; give --stride that, or another tokenizer")
+    a.stride = tokenizer.stride
     steps = a.steps or (STEPS[a.preset][-len(a.frames):] if len(a.frames) <= 3 else [STEPS[a.preset][-1]])
     a.steps = list(steps) * (len(a.frames) if len(steps) == 1 else 1)
     if len(a.steps) != len(a.frames):
@@ -133,16 +126,20 @@ def setup(argv=None):
         check_size(a.stride, frames, *a.size)
         if frames <= a.stride[0]:
             raise Bad(f"--frames {frames}: at least {1 + a.stride[0]} are needed, the given picture and one latent frame")
+    if a.data:
+        source.held_out(1, max(a.frames), a.size)  # raises Bad now if no clip is long enough for the last stage
+    if checkpoint and source.listed != checkpoint["args"]["listed"]:
+        raise Bad(f"--data {a.data}: other clips than when {a.out / 'ckpt.pt'} was written; give it those, or start from it with --init and another --out")
+    a.listed = source.listed
     check_options(a, batch=(1, math.inf), accumulate=(1, math.inf), lr=(1e-9, 1), warmup=(1, math.inf), decay=(0, 1), ema=(0, 0.999999),
                   noise=(0, 10), first=(0, 1), workers=(0, 256), gpus=(1, math.inf), rate=(1, math.inf), fps=(0.01, 1000),
                   seed=(0, 2**22 - 1), save_every=(1, math.inf))
     check_writable(a.out / "ckpt.pt")
-    if a.export:
-        check_writable(a.export, "--export")
-        if a.export.is_dir():
-            raise Bad(f"--export {a.export}: it is a folder; give the name of a file")
-    if a.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise Bad("--tensorboard needs the package tensorboard: pip install tensorboard")
+    check_writable(a.export or a.out / "ckpt.pt", "--export")
+    if a.export and (a.export.is_dir() or a.export.resolve() == (a.out / "ckpt.pt").resolve()):
+        raise Bad(f"--export {a.export}: it is a folder, or what --resume needs; give the name of another file")
+    if a.tensorboard:
+        need("tensorboard", "--tensorboard")
     _, ranks = torchrun()
     if checkpoint:  # the parts of a step are what its draws belong to: other ranks, the same parts
         a.accumulate = max(1, checkpoint["args"]["parts"] // ranks)
@@ -188,18 +185,18 @@ def show_plan(a, config):
     for frames, steps in zip(a.frames, a.steps):
         t = 1 + (frames - 1) // a.stride[0]
         passed = [14 * config.dim**2 * n * (i + 1) + config.dim * n * n * (i + 1) * (i + 2) for i in range(1, t)]  # of a layer, cut after i
+        passed = passed if config.cuts else [14 * config.dim**2 * n * t + 2 * config.dim * (n * t)**2]
         head = sum(p.numel() for p in model.head.parameters()) * 0.86 * n * config.diffusion_repeats  # the mean mask ratio is 0.86
         flops = 6 * a.batch * (config.layers * sum(passed) / len(passed) + head)  # a product and a sum, forward and twice as much backward
         total += steps * flops
-        print(f"{frames:4d} frames  {t} latent, {t * n} tokens a clip, {a.batch * n * (t + 2) // 2} a step of {a.batch} clips, "
+        print(f"{frames:4d} frames  {t} latent, {t * n} tokens a clip, {a.batch * n * ((t + 2) / 2 if config.cuts else t):.0f} a step of {a.batch} clips, "
               f"{flops:.3g} FLOPs a step, {steps} steps")
     clips, tokens = a.batch / a.gpus / a.accumulate, n * max(1 + (f - 1) // a.stride[0] for f in a.frames)
-    for shard in (False, True):
-        for recompute in (False, True):
-            kept = clips * tokens * config.dim * (4 * config.layers + 60 if recompute else 60 * config.layers)  # bytes: bfloat16, float32 residuals
-            fixed = state / (a.gpus if shard else 1)
-            print(f"memory     {fixed / 2**30:8.2f} GiB of parameters, gradients and state + about {kept / 2**30:.2f} of activations a GPU"
-                  + ", --shard" * shard + ", --recompute" * recompute)
+    for shard, recompute in ((False, False), (False, True), (True, False), (True, True)):
+        kept = clips * tokens * config.dim * (4 * config.layers + 60 if recompute else 60 * config.layers)  # bytes: bfloat16, float32 residuals
+        fixed = state / (a.gpus if shard else 1)
+        print(f"memory     {fixed / 2**30:8.2f} GiB of parameters, gradients and state + about {kept / 2**30:.2f} of activations a GPU"
+              + ", --shard" * shard + ", --recompute" * recompute)
     print(f"time       {total:.3g} FLOPs: {total / a.gpus / a.rate / 86400:.3g} days on {a.gpus} GPUs at {a.rate:.3g} FLOP/s each")
 
 
@@ -234,7 +231,10 @@ def whole(state):
         return {k: whole(v) for k, v in state.items()}
     if isinstance(state, list):
         return [whole(v) for v in state]
-    return state.full_tensor().cpu() if isinstance(state, DTensor) else state
+    if isinstance(state, DTensor):
+        state = state.full_tensor()
+        return state.cpu() if torchrun()[0] == 0 else None  # one copy a machine is enough
+    return state
 
 
 def main():
@@ -256,7 +256,7 @@ def main():
     say = print if rank == 0 else lambda *args, **kwargs: None
 
     # ---------------------------------------------------------------------------------------------------- data
-    if isinstance(tokenizer, Cosmos) and not checkpoint and not isinstance(source, Latents):
+    if isinstance(tokenizer, Cosmos) and not tokenizer.measured:
         tokenizer.measure(to_float(source.batch(range(16), a.frames[-1], a.size)[0]).to(device))
         say(f"latents    of 16 clips, by channel: mean {' '.join(f'{v:.2f}' for v in tokenizer.mean)}; std {' '.join(f'{v:.2f}' for v in tokenizer.std)}")
     packed = pack(tokenizer)
@@ -278,7 +278,7 @@ def main():
         text = Pretrained(a.text, device, dtype) if a.text else Words(config.text_dim)
         config = replace(config, text_dim=text.dim)
         model = VideoMAR(config, text).to(device)
-    ema, step, init = copy.deepcopy(model).requires_grad_(False), 0, None  # what --init read may be large
+    ema, step, resumed = copy.deepcopy(model).requires_grad_(False), 0, checkpoint is not None
     if checkpoint:  # `ema` is the copy of the averaged weights
         model.load_state_dict(checkpoint["model"])
     if a.shard:
@@ -292,13 +292,14 @@ def main():
                 values.update({k: distribute_tensor(v, params[i].device_mesh, params[i].placements) for k, v in values.items() if a.shard and v.dim()})
             optimiser.load_state_dict(state)
         step = checkpoint["step"]
+    checkpoint = init = None  # they may be large
     if a.compile:
         from torch._dynamo import config as dynamo
         dynamo.recompile_limit = 64  # a graph for every frame t
         for module in (*model.blocks, model.head):
             module.compile()
     model.recompute = a.recompute
-    learner = nn.parallel.DistributedDataParallel(model) if world_size > 1 and not a.shard else model
+    learner = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 and not a.shard else model
 
     this_time = ("resume", "out", "device", "init", "compile", "tokenizer", "workers", "plan", "gpus", "rate", "recompute", "shard")
     args = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in vars(a).items() if k not in this_time}  # what --resume remembers
@@ -313,12 +314,15 @@ def main():
             save_to(a.out / "ckpt.pt", **state, args=args)
 
     a.out.mkdir(parents=True, exist_ok=True)
+    if rank == 0 and not resumed and (a.out / "ckpt.pt").exists():
+        os.replace(a.out / "ckpt.pt", a.out / "ckpt-before.pt")
+        say(f"kept       the checkpoint that was there, as {a.out / 'ckpt-before.pt'}")
 
     # -------------------------------------------------------------------------------------------------- stages
     ends = [sum(a.steps[:i + 1]) for i in range(len(a.steps))]
     n = (a.size[0] // a.stride[1]) * (a.size[1] // a.stride[2])
     say(f"model      {a.preset}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {config.attention} attention, "
-        f"{config.loss} loss, {config.position} positions" + (f", weights from {a.init}" if a.init and not checkpoint else ""))
+        f"{config.loss} loss, {config.position} positions" + (f", weights from {a.init}" if a.init and not resumed else ""))
     say(f"tokenizer  {a.tokenizer}, stride {'x'.join(map(str, a.stride))}, {tokenizer.channels} channels")
     say(f"data       {source.about}, seed {a.seed}, {a.size[0]}x{a.size[1]}, batch {a.batch} = {world_size} ranks x {a.accumulate} x {a.batch // a.parts}")
     for i, (frames, steps) in enumerate(zip(a.frames, a.steps)):
@@ -331,8 +335,7 @@ def main():
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(a.out)
 
-    def to_latents(clips):
-        return clips.to(device) if isinstance(source, Latents) else tokenizer.encode(to_float(clips.to(device)))
+    to_latents = lambda clips: clips.to(device) if isinstance(source, Latents) else tokenizer.encode(to_float(clips.to(device)))
 
     def show(stage):
         """A film strip of held-out clips (or some of --data), truth above, sample below; and their mean PSNR."""
@@ -353,8 +356,8 @@ def main():
         signal.signal(s, lambda number, frame: stop.append(number))
     if rank == 0:
         path, head = a.out / "log.csv", ["step", "stage", "t", "loss", "lr", "seconds"]
-        old = list(csv.reader(path.read_text().splitlines())) if checkpoint and path.exists() else []
-        log = path.open("w", newline="")
+        old = list(csv.reader(path.read_text().splitlines())) if resumed and path.exists() else []
+        log = path.open("w", newline="", buffering=1)  # line by line
         rows = csv.writer(log)  # the loss is of rank 0's share
         rows.writerows([head, *(r for r in old if len(r) == len(head) and r[0].isdigit() and int(r[0]) <= step)])
     # t and the stage are functions of (seed, step): every rank works on frames of the same number
@@ -398,7 +401,9 @@ def main():
                 loss = learner(latents, captions, t) / len(batch)
                 loss.backward()
             total = total + loss.detach()
-        nn.utils.clip_grad_norm_(model.parameters(), 3.0)  # MAR
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 3.0)  # MAR
+        if not (norm.full_tensor() if a.shard else norm).isfinite():  # the same on every rank
+            raise Bad(f"step {step + 1}: the gradients are not finite; lower the rate: --resume --lr {a.lr / 2:g} goes on from the last checkpoint")
         for optimiser in optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
@@ -421,8 +426,6 @@ def main():
             bar.set_postfix(stage=stage + 1, loss=f"{total.item():.3f}", lr=f"{rate_at(a, step - 1):.1e}", tok_s=f"{tokens:.0f}", refresh=False)
         if step % a.save_every == 0 or step in ends or halt:
             checkpoint_now()
-            if rank == 0:
-                log.flush()
         if step in ends and rank == 0:  # no rank holds the whole of a sharded model, to sample from
             bar.write(f"stage {stage + 1} done after {(time.time() - start) / 60:.1f} min" + ("" if a.shard else f": {show(stage)}"), sys.stdout)
     bar.close()

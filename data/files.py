@@ -1,5 +1,6 @@
 """Files, devices and bad input: what every script here needs and no idea of the paper is in."""
 import argparse
+import importlib.util
 import math
 import os
 import re
@@ -50,6 +51,13 @@ def check_writable(path, option="--out"):
         raise Bad(f"{option} {path}: {there} is not a folder that can be written; choose another place")
 
 
+def need(package, what):
+    """The optional package, or one line that says what to install."""
+    if importlib.util.find_spec(package) is None:
+        raise Bad(f"{what} needs the package {package}: pip install {package}")
+    return importlib.import_module(package)
+
+
 def write(path, save):
     """Calls save(a temporary name of the same ending), then renames: whatever happens, `path` is an old or a new whole file
     (or folder of pictures). Raises Bad."""
@@ -63,11 +71,13 @@ def write(path, save):
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(part, path)
-    except Exception as e:  # a full disk (RuntimeError of torch's), or more pixels than the format can hold
+    except BaseException as e:  # a full disk (RuntimeError of torch's), more pixels than the format can hold, Ctrl-C
         if part.is_dir():
             shutil.rmtree(part)
         elif path.parent.is_dir():
             part.unlink(missing_ok=True)
+        if not isinstance(e, Exception):
+            raise
         raise Bad(f"{path}: cannot write it ({getattr(e, 'strerror', None) or e}); choose a place with room with --out, or a smaller --scale") from None
 
 
@@ -105,8 +115,9 @@ def choose_device(name=None):
 
 
 def choose_dtype(name, device):
-    """`name`, or what the hardware is fast at: bfloat16 on CUDA and on CPUs with AVX512-bf16, else float32."""
-    fast = device.type == "cuda" or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    """`name`, or what the hardware is fast at: bfloat16 on GPUs that have it and on CPUs with AVX512-bf16, else float32."""
+    fast = (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, None: torch.bfloat16 if fast else torch.float32}[name]
 
 

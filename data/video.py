@@ -4,12 +4,12 @@ own, latents encoded once.
 Pillow reads what it can; .mp4, .webm and .mov go through av (pip install av).
 """
 import csv
-import importlib.util
 import json
 import os
 import re
 import sys
 import warnings
+import zlib
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from data import world
-from data.files import DATA, Bad, write
+from data.files import DATA, Bad, need, write
 
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 VIDEOS, MOVING, STILLS = (".mp4", ".webm", ".mov", ".mkv"), (".gif", ".webp", ".apng"), (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
@@ -54,14 +54,6 @@ def read_csv(path, *columns):
         raise Bad(f"{path}: cannot be read ({type(e).__name__}); give a csv in UTF-8 whose first line is {','.join(columns)}") from None
 
 
-def need_av(what):
-    """The package av, or one line that says what to install."""
-    if importlib.util.find_spec("av") is None:
-        raise Bad(f"{what}: needs the package av: pip install av, or use .gif, .webp or .png")
-    import av
-    return av
-
-
 @lru_cache(100_000)  # of a moving picture or a video it reads the whole file
 def timeline(path):
     """When each picture of a clip appears, and when the last one goes, in seconds. Those in a folder are numbered, and --fps
@@ -69,9 +61,10 @@ def timeline(path):
     if path.is_dir():
         return np.arange(len(stills(path))), len(stills(path))
     if path.suffix.lower() in VIDEOS:
-        with need_av(path).open(str(path)) as file:
+        with need("av", path).open(str(path)) as file:
             stream = file.streams.video[0]
-            at = sorted(float(p.pts * stream.time_base) for p in file.demux(stream) if p.pts is not None)
+            begin = stream.start_time or 0  # a file that was cut without encoding it anew has packets before it
+            at = sorted(float(p.pts * stream.time_base) for p in file.demux(stream) if p.pts is not None and p.pts >= begin)
         return np.array(at) - at[0], at[-1] - at[0] + float(1 / (stream.average_rate or 25))
     with Image.open(path) as image:
         spans = []
@@ -103,7 +96,7 @@ def pictures(path, frames, fps, u, whole):
         files = stills(path)
         yield from (to_rgb(Image.open(files[i])) for i in chosen)
     elif path.suffix.lower() in VIDEOS:
-        with need_av(path).open(str(path)) as file:
+        with need("av", path).open(str(path)) as file:
             stream, k = file.streams.video[0], 0
             begin = float((stream.start_time or 0) * stream.time_base)
             file.seek(int((begin + times[chosen[0]]) / stream.time_base), stream=stream)  # or the key frame before
@@ -148,10 +141,10 @@ def draw(seeds, frames, size, held_out=False, turn=0):
 
 class World:
     """What the training loop asks of clips: `batch`, a function of the seeds: the first frames of clips that have `whole`;
-    `held_out`, some for the film strips; `about`, a line for the plan; and what was `skipped`. Here of the drawn world."""
+    `held_out`, some for the film strips; `about`, a line for the plan; what was `skipped`; `listed`, by which --resume knows the clips again. Here of the drawn world."""
 
     def __init__(self):
-        self.about, self.skipped = "drawn world", {}
+        self.about, self.skipped, self.listed = "drawn world", {}, None
 
     def batch(self, seeds, frames, size, turn=0, whole=None):
         return draw(seeds, frames, size, turn=turn)
@@ -160,24 +153,27 @@ class World:
         return draw(range(count), frames, size, held_out=True)
 
 
-class Folder(World):
+class Folder:
     """Clips below a folder: videos, .gif, .webp, .apng, folders of pictures. Captions are in NAME.txt beside NAME, or in a
     metadata.csv with file_name,text (Hugging Face's convention). What cannot be used is skipped, with one warning."""
 
-    def __init__(self, folder, fps=None):
+    def __init__(self, folder, fps=None, out=None):
         self.folder, self.fps, self.skipped, self.clips = folder, fps, {}, []
         table = folder / "metadata.csv"
         told = {r["file_name"]: r["text"] for r in read_csv(table, "file_name", "text")} if table.is_file() else {}
         for parent, folders, files in os.walk(folder):
-            folders.sort()
+            folders[:] = sorted(f for f in folders if not out or Path(parent, f).resolve() != out.resolve())  # no film strips
             names = sorted(n for n in files if Path(n).suffix.lower() in VIDEOS + MOVING)
             alone = not names and Path(parent) != folder and any(Path(n).suffix.lower() in STILLS for n in files)
             for path in [Path(parent)] if alone else [Path(parent, n) for n in names]:
                 note = path.parent / f"{path.name if path.is_dir() else path.stem}.txt"
                 text = told.get(str(path.relative_to(folder)))
                 self.clips.append((path, text if text is not None else note.read_text(errors="replace").strip() if note.is_file() else ""))
+        self.listed = zlib.crc32(repr([(str(p.relative_to(folder)), c) for p, c in self.clips]).encode(errors="replace"))
         if not self.clips:
             raise Bad(f"--data {folder}: nothing to train on; looked for {', '.join(VIDEOS + MOVING)} and folders of pictures")
+        if any(path.suffix.lower() in VIDEOS for path, _ in self.clips):
+            need("av", f"--data {folder}")
         some = self.clips[:100]
         frames = round(sum(map(self.count, some)) * len(self.clips) / len(some))
         about, captions = "about " * (len(self.clips) > 100), sum(bool(c) for _, c in self.clips)
@@ -186,8 +182,6 @@ class Folder(World):
     def count(self, clip):
         try:
             return len(timeline(clip[0])[0])
-        except Bad:
-            raise
         except Exception:  # told when it is to be read
             return 0
 
@@ -197,8 +191,6 @@ class Folder(World):
         try:
             return read_clip(path, size, frames, self.fps, u, whole), caption
         except Bad as e:
-            if "package av" in str(e):
-                raise
             if path not in self.skipped:
                 self.skipped[path] = str(e)
                 tqdm.write(f"warning: skipped {str(e).split(';')[0]}", sys.stderr)
@@ -225,7 +217,7 @@ class Caption(str):
     """A caption with its states: `Pretrained` need not make them."""
 
 
-class Latents(World):
+class Latents:
     """What `tokenizer.py --encode` wrote. Shards are memory-mapped, a few at a time: memory does not grow with the set."""
 
     def __init__(self, folder):
@@ -233,6 +225,7 @@ class Latents(World):
         try:
             self.meta = json.loads((folder / "latents.json").read_text())
             self.ends, self.size, self.frames = np.cumsum(self.meta["clips"]), tuple(self.meta["size"]), self.meta["frames"]
+            self.listed = self.meta["listed"]
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise Bad(f"--data {folder}: its latents.json is missing or damaged ({type(e).__name__}); run tokenizer.py --encode again") from None
         self.about = f"{folder}: {self.ends[-1]} clips of latents, {self.frames} frames {'x'.join(map(str, self.size))}"
@@ -262,13 +255,13 @@ class Latents(World):
     held_out = Folder.held_out
 
 
-def open_data(path, fps=None):
-    """--data: None, a folder of clips, or one of latents -> World, Folder or Latents. Raises Bad."""
+def open_data(path, fps=None, out=None):
+    """--data: None, a folder of clips (without what is in `out`), or one of latents -> World, Folder or Latents. Raises Bad."""
     if path is None:
         return World()
     if not path.is_dir():
         raise Bad(f"--data {path}: no such folder; give one with clips, or one written by tokenizer.py --encode")
-    return Latents(path) if any((path / name).exists() for name in ("latents.json", "plan.json")) else Folder(path, fps)
+    return Latents(path) if any((path / name).exists() for name in ("latents.json", "plan.json")) else Folder(path, fps, out)
 
 
 # ------------------------------------------------------------------------------------------------------ writing
@@ -303,7 +296,7 @@ def write_video(path, video, fps):
             for i, frame in enumerate(video):
                 Image.fromarray(frame).save(part / f"{i:04d}.png")
         elif path.suffix == ".mp4":
-            av = need_av(path)
+            av = need("av", path)
             with av.open(str(part), "w") as out:
                 stream = out.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
                 stream.width, stream.height, stream.pix_fmt = video.shape[2], video.shape[1], "yuv420p"

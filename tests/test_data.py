@@ -93,6 +93,25 @@ def test_mp4(folder):
         read_clip(folder / "clips/a.mp4", (32, 32), 26)
 
 
+@pytest.mark.skipif(not HAS_AV, reason="needs the package av")
+def test_mp4_that_was_cut_without_encoding_it_anew(folder):
+    """It has packets before its beginning; what a player shows is what is read."""
+    import av
+    video = np.repeat(np.arange(0, 240, 8, dtype=np.uint8), 32 * 32 * 3).reshape(30, 32, 32, 3)
+    write_video(folder / "a.mp4", video, 10)
+    with av.open("a.mp4") as whole, av.open("cut.mp4", "w") as cut:
+        stream = cut.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(video=0):
+            if packet.pts is not None:
+                packet.pts, packet.dts = (int(v - 0.5 / packet.time_base) for v in (packet.pts, packet.dts))
+                packet.stream = stream
+                cut.mux(packet)
+    with pytest.raises(Bad, match="25 frames, 26 are needed"):
+        read_clip(folder / "cut.mp4", (32, 32), 26)
+    assert abs(read_clip(folder / "cut.mp4", (32, 32), 25).astype(int) - video[5:]).max() < 6
+    assert abs(read_clip(folder / "cut.mp4", (32, 32), 5, u=1.0).astype(int) - video[25:]).max() < 6
+
+
 @pytest.mark.skipif(HAS_AV, reason="av is there")
 def test_mp4_names_the_missing_package(folder):
     (folder / "clips").mkdir()
@@ -124,6 +143,7 @@ def test_what_cannot_be_used_is_skipped_once_and_counted(folder, capsys):
     (["--data", "nowhere"], ["nowhere", "no such folder"]),
     (["--data", "empty"], ["empty", "nothing to train on", ".mp4"]),
     (["--data", "latents"], ["latents.json", "damaged"]),
+    (["--data", "clips", "--frames", "5,13"], ["none of its 1 clips", "9 frames, 13 are needed"]),  # before the stage of 5
     (["--encode", "empty"], ["empty", "nothing to train on"]),
     (["--encode", "clips", "--tokenizer", "nowhere.pt"], ["nowhere.pt", "no such file"]),
     (["--encode", "clips", "--frames", "25"], ["none of its 1 clips", "9 frames, 25 are needed"]),
@@ -153,6 +173,31 @@ def test_training_on_clips_is_exact_for_any_workers_and_resumes(folder, monkeypa
     half = torch.load("a/ckpt.pt", weights_only=True)
     assert half["args"]["data"] == str(folder / "clips")  # from whatever folder it is resumed
     assert run_train(monkeypatch, "--resume", "--out", "a", "--steps", "3,5") == 0  # goes on, with the same clips
+
+
+def test_a_run_goes_on_with_its_clips_alone(folder, monkeypatch, capsys, tiny_files):
+    """Its own film strips below --data are none of them; others are told."""
+    fill(folder / "clips")
+    args = ["--data", ".", "--size", "16x24", "--frames", 5, "--batch", 2, "--tokenizer", tiny_files / "tokenizer.pt"]
+    assert run_train(monkeypatch, *args, "--steps", 2) == 0
+    assert (folder / "out/stage1-5.png").exists()
+    capsys.readouterr()
+    assert run_train(monkeypatch, "--resume", "--steps", 4) == 0
+    assert "4 clips" in capsys.readouterr().out
+    (folder / "clips/a/new.txt").parent.mkdir()
+    write_video(folder / "clips/a/new.webp", world.clip(9, 9, *SIZE)[0], 12)
+    with pytest.raises(Bad, match="other clips than when out/ckpt.pt was written"):
+        run_train(monkeypatch, "--resume", "--steps", 6)
+
+
+def test_encode_takes_the_tokenizer_just_trained(folder, monkeypatch, capsys, tiny_files):
+    fill(folder / "clips", 1)
+    args = ["--encode", "clips", "--out", "latents", "--size", "16x24", "--frames", 9]
+    tokenizer.save(torch.load(tiny_files / "tokenizer.pt", weights_only=True), "out/tokenizer-4x8x8.pt")
+    code, out, err = call(monkeypatch, capsys, *args, module=tokenizer)
+    assert code == 0 and "tokenizer out/tokenizer-4x8x8.pt" in out, err
+    kept = torch.load("latents/tokenizer.pt", weights_only=True)["tokenizer"]
+    assert same(kept["state"], torch.load("out/tokenizer-4x8x8.pt", weights_only=True)["state"])
 
 
 def test_latents_once(folder, monkeypatch, tiny_files, capsys):

@@ -1,6 +1,8 @@
 """The real parts on small files of the true format: Cosmos-Tokenizer's TorchScript, Qwen2 in a folder of transformers."""
+import os
 import sys
 
+import numpy as np
 import pytest
 import torch
 from test_cli import call
@@ -8,8 +10,10 @@ from test_train import run_train
 from torch import nn
 
 import train
-from data.video import draw, to_float
-from tokenizer import Cosmos, Pretrained
+from data import world
+from data.files import Bad
+from data.video import draw, to_float, write_video
+from tokenizer import Cosmos, Pretrained, encode, unpack
 
 
 class Encoder(nn.Module):
@@ -34,13 +38,30 @@ class Decoder(nn.Module):
         return video if self.bare else (video, video.mean())
 
 
-def make_cosmos(folder, stride=(4, 8, 8), bare=False):
+def make_cosmos(folder, stride=(4, 8, 8), bare=False, seed=0):
     folder.mkdir()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     s, p, q = stride
     for name, module, example in (("encoder", Encoder, torch.zeros(1, 3, 1 + s, p, q)), ("decoder", Decoder, torch.zeros(1, 16, 2, 1, 1))):
         torch.jit.trace(module(stride, bare).bfloat16(), example.bfloat16(), check_trace=False).save(folder / f"{name}.jit")
     return folder
+
+
+def test_latents_of_two_cosmos_tokenizers_are_not_mixed(folder):
+    """And what goes on after a kill keeps mean and std of the beginning."""
+    for i in range(4):
+        write_video(folder / f"clips/{i}.gif", world.clip(i, 9, 16, 16)[0], 12)
+    encode(folder / "clips", folder / "latents", Cosmos(make_cosmos(folder / "cosmos")), 9, (16, 16), None, "cpu", each=2)
+    os.remove("latents/latents-00001.npy")
+    before, kept = (folder / "latents/tokenizer.pt").read_bytes(), np.load("latents/latents-00000.npy")
+    with pytest.raises(Bad, match="other clips, settings or tokenizer"):
+        encode(folder / "clips", folder / "latents", Cosmos(make_cosmos(folder / "other", seed=1)), 9, (16, 16), None, "cpu", each=2)
+    again = Cosmos(folder / "cosmos")
+    again.measure = None  # is not called
+    encode(folder / "clips", folder / "latents", again, 9, (16, 16), None, "cpu", each=2)
+    assert (folder / "latents/tokenizer.pt").read_bytes() == before and (np.load("latents/latents-00000.npy") == kept).all()
+    with pytest.raises(Bad, match="not the one that latents was trained on"):
+        unpack(torch.load("latents/tokenizer.pt", weights_only=True)["tokenizer"], "latents", folder / "other")
 
 
 @pytest.mark.parametrize("stride, bare", [((4, 8, 8), False), ((8, 16, 16), True)])
@@ -70,6 +91,12 @@ def test_training_and_sampling_on_cosmos(folder, monkeypatch, capsys):
     code, _, err = call(monkeypatch, capsys, "--img", "cat.png")
     assert code == 2 and "--tokenizer" in err
     assert run_train(monkeypatch, "--resume", "--tokenizer", "cosmos") == 0
+    (folder / "clips").mkdir()  # other clips: the weights go on with the mean and std they know
+    for i in range(2):
+        write_video(folder / f"clips/{i}.gif", world.clip(i, 9, 16, 16)[0] // 2, 12)
+    assert run_train(monkeypatch, *args, "--tokenizer", "cosmos", "--init", "out/ckpt.pt", "--data", "clips", "--out", "tuned") == 0
+    tuned = torch.load("tuned/ckpt.pt", weights_only=True)["tokenizer"]
+    assert torch.equal(tuned["mean"], kept["mean"]) and torch.equal(tuned["std"], kept["std"])
     make_cosmos(folder / "other", (8, 16, 16))
     code, _, err = call(monkeypatch, capsys, "--img", "cat.png", "--tokenizer", "other")
     assert code == 2 and "its stride and channels" in err

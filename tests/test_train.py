@@ -61,6 +61,26 @@ def test_resumed_is_bit_for_bit_the_run_that_was_not_stopped(folder, monkeypatch
     assert not same(params("whole/ckpt.pt"), params("other/ckpt.pt"))
 
 
+def test_nothing_of_an_earlier_run_is_lost(folder, monkeypatch, tiny_files):
+    """Its checkpoint when another one begins in the same folder; its log and its checkpoint when one that goes on fails."""
+    args = [*TINY, "--tokenizer", tiny_files / "tokenizer.pt"]
+    assert run_train(monkeypatch, *args) == 0
+    before, rows = (folder / "out/ckpt.pt").read_bytes(), (folder / "out/log.csv").read_text()
+    assert run_train(monkeypatch, *args, "--seed", 1) == 0
+    assert (folder / "out/ckpt-before.pt").read_bytes() == before != (folder / "out/ckpt.pt").read_bytes()
+    os.replace("out/ckpt-before.pt", "out/ckpt.pt")
+    (folder / "out/log.csv").write_text(rows)
+    real, seen = train.rate_at, []
+    monkeypatch.setattr(train, "rate_at", lambda a, step: (seen.append((folder / "out/log.csv").read_text()), real(a, step))[1])
+    loss = videomar.Diffusion.loss
+    monkeypatch.setattr(videomar.Diffusion, "loss", lambda *args: loss(*args) * (torch.nan if len(seen) > 6 else 1))
+    with pytest.raises(files.Bad, match="step 8: the gradients are not finite"):
+        run_train(monkeypatch, "--resume", "--steps", "3,9", "--save-every", 1)
+    assert seen[0] == rows and seen[-1].startswith(rows) and seen[-1].count("\n") == 8  # line by line: a kill loses none
+    assert torch.load("out/ckpt.pt", weights_only=True)["step"] == 7
+    assert all(v.isfinite().all() for v in params("out/ckpt.pt").values())
+
+
 def test_kill_9_during_a_save_leaves_the_last_good_checkpoint(folder):
     """A process that is killed with half of a file written, and one killed at whatever moment it is."""
     code = f"""
