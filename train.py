@@ -128,7 +128,7 @@ def setup(argv=None):
             raise Bad(f"--frames {frames}: at least {1 + a.stride[0]} are needed, the given picture and one latent frame")
     if a.data:
         source.held_out(1, max(a.frames), a.size)  # raises Bad now if no clip is long enough for the last stage
-    if checkpoint and source.listed != checkpoint["args"]["listed"]:
+    if checkpoint and source.listed != checkpoint["args"].get("listed"):
         raise Bad(f"--data {a.data}: other clips than when {a.out / 'ckpt.pt'} was written; give it those, or start from it with --init and another --out")
     a.listed = source.listed
     check_options(a, batch=(1, math.inf), accumulate=(1, math.inf), lr=(1e-9, 1), warmup=(1, math.inf), decay=(0, 1), ema=(0, 0.999999),

@@ -225,7 +225,7 @@ class Latents:
         try:
             self.meta = json.loads((folder / "latents.json").read_text())
             self.ends, self.size, self.frames = np.cumsum(self.meta["clips"]), tuple(self.meta["size"]), self.meta["frames"]
-            self.listed = self.meta["listed"]
+            self.listed = self.meta.get("listed")
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise Bad(f"--data {folder}: its latents.json is missing or damaged ({type(e).__name__}); run tokenizer.py --encode again") from None
         self.about = f"{folder}: {self.ends[-1]} clips of latents, {self.frames} frames {'x'.join(map(str, self.size))}"
