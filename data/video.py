@@ -141,7 +141,8 @@ def draw(seeds, frames, size, held_out=False, turn=0):
 
 class World:
     """What the training loop asks of clips: `batch`, a function of the seeds: the first frames of clips that have `whole`;
-    `held_out`, some for the film strips; `about`, a line for the plan; what was `skipped`; `listed`, by which --resume knows the clips again. Here of the drawn world."""
+    `held_out`, some for the film strips; `about`, a line for the plan; what was `skipped`; `listed`, by which --resume
+    knows the clips again. Here of the drawn world."""
 
     def __init__(self):
         self.about, self.skipped, self.listed = "drawn world", {}, None
