@@ -91,7 +91,7 @@ class Cosmos(nn.Module):
     mean and std of each channel from clips, and these are kept with the checkpoint, which does not hold the files.
     """
 
-    def __init__(self, folder, mean=None, std=None, device="cpu"):
+    def __init__(self, folder, device="cpu"):
         super().__init__()
         for name in ("encoder", "decoder"):
             path = Path(folder) / f"{name}.jit"
@@ -101,16 +101,15 @@ class Cosmos(nn.Module):
                 setattr(self, name, torch.jit.load(path, map_location=device).eval())
             except Exception as e:
                 raise Bad(f"{path}: not a TorchScript file, or damaged ({type(e).__name__}); download it again") from None
-        self.folder, self.crc = folder, zlib.crc32((Path(folder) / "encoder.jit").read_bytes())  # tells one from another
+        self.crc, self.measured = zlib.crc32((Path(folder) / "encoder.jit").read_bytes()), False  # crc: tells one from another
         self.dtype = next((p.dtype for p in self.encoder.parameters()), torch.float32)
         try:
             video = torch.zeros(1, 3, 17, 128, 128, device=device)
             latents = self.raw(video)
             _, frames, height, width, self.channels = latents.shape
             self.stride = 16 // (frames - 1), 128 // height, 128 // width
-            self.measured = mean is not None
-            self.register_buffer("mean", (torch.zeros(self.channels) if mean is None else mean).to(device))
-            self.register_buffer("std", (torch.ones(self.channels) if std is None else std).to(device))
+            self.register_buffer("mean", torch.zeros(self.channels, device=device))
+            self.register_buffer("std", torch.ones(self.channels, device=device))
             if self.decode(latents).shape != video.shape:
                 raise ValueError
         except Exception as e:
@@ -127,7 +126,10 @@ class Cosmos(nn.Module):
 
     def measure(self, video):
         x = self.raw(video).flatten(0, 3)
-        self.mean, self.std = x.mean(0), x.std(0).clamp(min=1e-3)
+        self.keep(x.mean(0), x.std(0).clamp(min=1e-3))
+
+    def keep(self, mean, std):
+        self.mean, self.std, self.measured = mean.to(self.mean), std.to(self.std), True
 
     def encode(self, video):
         check_size(self.stride, *video.shape[2:])
@@ -227,12 +229,13 @@ def unpack(content, path="checkpoint", folder=None, device="cpu"):
     if isinstance(content, dict) and content.get("kind") == "cosmos":
         if not (folder and Path(folder).is_dir()):
             raise Bad(f"{path}: it was trained on a Cosmos-Tokenizer; name its folder with --tokenizer")
-        tokenizer = Cosmos(folder, content.get("mean"), content.get("std"), device)
+        tokenizer = Cosmos(folder, device)
         had, has = (content.get("stride"), content.get("channels")), (tokenizer.stride, tokenizer.channels)
         if had != has:
             raise Bad(f"{folder}: its stride and channels are {has}, but {path} was trained on {had}; give the folder it was trained on")
         if content.get("crc") != tokenizer.crc:
             raise Bad(f"{folder}: its encoder.jit is not the one that {path} was trained on; give the folder it was trained on")
+        tokenizer.keep(content["mean"], content["std"])
         return tokenizer
     if folder:
         raise Bad(f"--tokenizer {folder}: {path} holds the tokenizer it was trained on; leave the option out")
@@ -268,7 +271,8 @@ def encode(folder, out, tokenizer, frames, size, fps, device, text=None, each=25
         raise Bad(f"--out {out}: holds latents of other clips, settings or tokenizer; choose another folder, or remove it")
     if isinstance(tokenizer, Cosmos):
         if plan.exists():
-            tokenizer = unpack(load(out / "tokenizer.pt", "latents")["tokenizer"], out / "tokenizer.pt", tokenizer.folder, device)
+            kept = load(out / "tokenizer.pt", "latents")["tokenizer"]
+            tokenizer.keep(kept["mean"], kept["std"])
         else:
             tokenizer.measure(to_float(source.batch(range(16), frames, size)[0]).to(device))
     if not plan.exists():
@@ -339,8 +343,8 @@ def main():
     check_writable(path)
     torch.manual_seed(a.seed)
     if a.encode:
-        name, tokenizer = open_tokenizer(a.tokenizer, a.stride, Path("out"), device=device)
-        print(f"tokenizer {name}")
+        a.tokenizer, tokenizer = open_tokenizer(a.tokenizer, a.stride, Path("out"), device=device)
+        print(f"tokenizer {a.tokenizer}")
         source = encode(a.encode, a.out, tokenizer, a.frames, a.size, a.fps, device, a.text and Pretrained(a.text, device, dtype))
         print(f"wrote latents to {a.out}; skipped {len(source.skipped)} files; python train.py --data {a.out} trains on them")
         return

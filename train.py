@@ -110,7 +110,7 @@ def setup(argv=None):
     else:
         a.tokenizer, tokenizer = open_tokenizer(a.tokenizer, a.stride, a.out, Path("out"), device=device)
         if isinstance(tokenizer, Cosmos) and tokenizer.crc == had.get("crc"):
-            tokenizer = unpack(had, a.init, a.tokenizer, device)  # and their mean and std
+            tokenizer.keep(had["mean"], had["std"])  # as its weights know them
     if tokenizer.stride != a.stride and not isinstance(tokenizer, Cosmos) and not isinstance(source, Latents):
         raise Bad(f"{a.tokenizer}: its stride is {'x'.join(map(str, tokenizer.stride))}; give --stride that, or another tokenizer")
     a.stride = tokenizer.stride
@@ -126,18 +126,19 @@ def setup(argv=None):
         check_size(a.stride, frames, *a.size)
         if frames <= a.stride[0]:
             raise Bad(f"--frames {frames}: at least {1 + a.stride[0]} are needed, the given picture and one latent frame")
-    if a.data:
-        source.held_out(1, max(a.frames), a.size)  # raises Bad now if no clip is long enough for the last stage
     if checkpoint and source.listed != checkpoint["args"].get("listed"):
         raise Bad(f"--data {a.data}: other clips than when {a.out / 'ckpt.pt'} was written; give it those, or start from it with --init and another --out")
     a.listed = source.listed
     check_options(a, batch=(1, math.inf), accumulate=(1, math.inf), lr=(1e-9, 1), warmup=(1, math.inf), decay=(0, 1), ema=(0, 0.999999),
                   noise=(0, 10), first=(0, 1), workers=(0, 256), gpus=(1, math.inf), rate=(1, math.inf), fps=(0.01, 1000),
                   seed=(0, 2**22 - 1), save_every=(1, math.inf))
+    if a.data:
+        source.held_out(1, max(a.frames), a.size)  # raises Bad now if no clip is long enough for the last stage
     check_writable(a.out / "ckpt.pt")
-    check_writable(a.export or a.out / "ckpt.pt", "--export")
-    if a.export and (a.export.is_dir() or a.export.resolve() == (a.out / "ckpt.pt").resolve()):
-        raise Bad(f"--export {a.export}: it is a folder, or what --resume needs; give the name of another file")
+    if a.export:
+        check_writable(a.export, "--export")
+        if a.export.is_dir() or a.export.resolve() == (a.out / "ckpt.pt").resolve():
+            raise Bad(f"--export {a.export}: it is a folder, or what --resume needs; give the name of another file")
     if a.tensorboard:
         need("tensorboard", "--tensorboard")
     _, ranks = torchrun()
@@ -231,10 +232,10 @@ def whole(state):
         return {k: whole(v) for k, v in state.items()}
     if isinstance(state, list):
         return [whole(v) for v in state]
-    if isinstance(state, DTensor):
-        state = state.full_tensor()
-        return state.cpu() if torchrun()[0] == 0 else None  # one copy a machine is enough
-    return state
+    if not isinstance(state, DTensor):
+        return state
+    full = state.full_tensor()
+    return full.cpu() if torchrun()[0] == 0 else None  # rank 0 writes
 
 
 def main():
@@ -260,6 +261,7 @@ def main():
         tokenizer.measure(to_float(source.batch(range(16), a.frames[-1], a.size)[0]).to(device))
         say(f"latents    of 16 clips, by channel: mean {' '.join(f'{v:.2f}' for v in tokenizer.mean)}; std {' '.join(f'{v:.2f}' for v in tokenizer.std)}")
     packed = pack(tokenizer)
+    to_latents = lambda clips: clips.to(device) if isinstance(source, Latents) else tokenizer.encode(to_float(clips.to(device)))
     # Threads read the next batches meanwhile. On a CPU the cores are busy: a step took a fifth longer with the drawing beside it.
     workers = a.workers if a.workers is not None else 0 if device.type == "cpu" and a.data is None else 4
     pool, coming = ThreadPoolExecutor(max(1, workers)), deque()
@@ -334,8 +336,6 @@ def main():
     if a.tensorboard and rank == 0:
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(a.out)
-
-    to_latents = lambda clips: clips.to(device) if isinstance(source, Latents) else tokenizer.encode(to_float(clips.to(device)))
 
     def show(stage):
         """A film strip of held-out clips (or some of --data), truth above, sample below; and their mean PSNR."""

@@ -144,6 +144,7 @@ def test_what_cannot_be_used_is_skipped_once_and_counted(folder, capsys):
     (["--data", "empty"], ["empty", "nothing to train on", ".mp4"]),
     (["--data", "latents"], ["latents.json", "damaged"]),
     (["--data", "clips", "--frames", "5,13"], ["none of its 1 clips", "9 frames, 13 are needed"]),  # before the stage of 5
+    (["--data", "clips", "--fps", "-1"], ["--fps -1", "from 0.01"]),
     (["--encode", "empty"], ["empty", "nothing to train on"]),
     (["--encode", "clips", "--tokenizer", "nowhere.pt"], ["nowhere.pt", "no such file"]),
     (["--encode", "clips", "--frames", "25"], ["none of its 1 clips", "9 frames, 25 are needed"]),
