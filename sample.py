@@ -61,13 +61,15 @@ def generate(model, given, captions, frames, steps=None, diffusion_steps=None, c
     text = model.read_text(captions * branches, null)
     cache = Cache(config, batch * branches, frames * n, device, text[0][0].dtype) if use_cache else None
 
-    def hidden(first, last):
-        """Hidden states of frames first to last - 1, both branches -> (branches * batch, (last - first) * n, dim)."""
-        part = slice(first * n, last * n)
-        return model.hidden(x[:, part].repeat(branches, 1, 1), masked[:, part].repeat(branches, 1), text, grid, first, cache)
+    def hidden(first, last, chosen):
+        """Hidden states of the tokens at `chosen` (batch, count) given frames first to last - 1, both branches -> (branches * batch * count, dim)."""
+        part, wanted = slice(first * n, last * n), (chosen - first * n).repeat(branches, 1)
+        skip = config.attention == "full" or config.loss == "next-frame"
+        return model.hidden(x[:, part].repeat(branches, 1, 1), masked[:, part].repeat(branches, 1), text, grid, first, cache, wanted, skip).flatten(0, 1)
 
+    nothing = torch.empty(batch, 0, dtype=torch.long, device=device)
     if use_cache and finished:
-        hidden(0, finished)
+        hidden(0, finished, nothing)  # but the keys and values that it leaves in the cache
         cache.finish(finished * n)
     # Next-frame: one frame after the other. Total-mask: all of them as one large picture.
     parts = [(t, t + 1) for t in range(finished, frames)] if config.loss == "next-frame" else [(finished, frames)] if finished < frames else []
@@ -83,8 +85,7 @@ def generate(model, given, captions, frames, steps=None, diffusion_steps=None, c
         for count in tqdm(counts, "steps", leave=False, disable=not progress):
             chosen = order[:, done:done + count]
             done += count
-            h = hidden(start, end)[:, (first - start) * n:]
-            z = h.take_along_dim((chosen - first * n).repeat(branches, 1)[..., None], 1).flatten(0, 1)
+            z = hidden(start, end, chosen)
             guidance = 1 + (cfg - 1) * done / tokens if cfg_schedule == "linear" else cfg
             guidance = max(cfg, 5.0) if makes_first else guidance
             new = diffusion.sample(model.head.given(z, diffusion.timesteps), torch.randn(chosen.numel(), channels, device=device),
@@ -92,7 +93,7 @@ def generate(model, given, captions, frames, steps=None, diffusion_steps=None, c
             x.scatter_(1, chosen[..., None].expand(-1, -1, channels), new.view(batch, count, channels))
             masked.scatter_(1, chosen, False)
         if use_cache and last < frames:
-            hidden(first, last)  # once more, now that the frame is finished: these keys and values stay
+            hidden(first, last, nothing)  # once more, now that the frame is finished: these keys and values stay
             cache.finish(n)
     return x.view(batch, frames, *grid, channels)
 

@@ -148,6 +148,8 @@ def check_size(stride, frames, height, width):
     if height < p or width < q or height % p or width % q:
         near = [max(d, round(v / d) * d) for v, d in ((height, p), (width, q))]
         raise Bad(f"size {height}x{width}: stride {p}x{q} must divide it, such as {near[0]}x{near[1]}")
+    if frames * height * width > 2**30:
+        raise Bad(f"{frames} frames of {height}x{width}: more than 2^30 pixels in one clip; ask for a smaller --size or fewer --frames")
 
 
 # -------------------------------------------------------------------------------------------------------- text
@@ -337,6 +339,8 @@ def main():
     check_size(a.stride, a.frames, *a.size)
     check_options(a, steps=(1, math.inf), decoder_steps=(0, math.inf), batch=(1, math.inf), width=(4, math.inf), blocks=(0, math.inf),
                   lr=(1e-9, 1), noise=(0, 10), fps=(0.01, 1000), seed=(0, 2**63 - 1))
+    if a.data if a.encode else a.tokenizer or a.text:
+        raise Bad("--tokenizer and --text go with --encode, --data with the training of a tokenizer; leave out what does not belong")
     device = choose_device(a.device)
     dtype = choose_dtype(a.dtype, device)
     path = a.out / f"tokenizer-{'x'.join(map(str, a.stride))}.pt"

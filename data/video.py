@@ -258,11 +258,12 @@ class Latents:
 
 def open_data(path, fps=None, out=None):
     """--data: None, a folder of clips (without what is in `out`), or one of latents -> World, Folder or Latents. Raises Bad."""
-    if path is None:
-        return World()
-    if not path.is_dir():
+    if path and not path.is_dir():
         raise Bad(f"--data {path}: no such folder; give one with clips, or one written by tokenizer.py --encode")
-    return Latents(path) if any((path / name).exists() for name in ("latents.json", "plan.json")) else Folder(path, fps, out)
+    latents = path and any((path / name).exists() for name in ("latents.json", "plan.json"))
+    if fps and (latents or not path):
+        raise Bad(f"--fps {fps:g}: it says how a folder of clips is read, here are none; leave it out")
+    return World() if not path else Latents(path) if latents else Folder(path, fps, out)
 
 
 # ------------------------------------------------------------------------------------------------------ writing

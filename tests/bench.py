@@ -33,9 +33,11 @@ CAPTION = "a red cat moves left quickly and a blue star grows on a green backgro
 
 
 # ------------------------------------------------------------------------------------------------- counting FLOPs
-def backbone_flops(c, tokens, pairs, words=16):
-    """Of one forward pass -> products with weights, attention. pairs: (query, key) couples of the self-attention."""
-    return 2 * c.layers * 14 * c.dim**2 * tokens, 2 * c.layers * 2 * c.dim * (pairs + tokens * words)
+def backbone_flops(c, tokens, pairs, wanted, keys, words=16):
+    """Of one forward pass -> products with weights, attention. pairs: (query, key) couples of the self-attention; wanted: of
+    how many tokens, which see `keys` of them, the last block computes more than queries, keys and values."""
+    early = c.layers - 1
+    return 2 * c.dim**2 * ((14 * early + 3) * tokens + 11 * wanted), 4 * c.dim * (early * (pairs + tokens * words) + wanted * (keys + words))
 
 
 def head_flops(c, rows, conditions, times):
@@ -50,22 +52,20 @@ def sample_flops(c, n, frames, how, branches=2):
     times = (frames - 1) * c.sample_steps * (n if how == "ntp" else steps)
     total = [0, 0, head_flops(c, branches * c.sample_steps * n * (frames - 1), branches * n * (frames - 1), times)]
     for t in range(1, frames):
-        passes = {"ntp": n * [(1, t * n + n / 2)],
-                  "nocache": steps * [((t + 1) * n, n * n * (t + 1) * (t + 2) / 2)],
-                  "cache": steps * [(n, n * n * (t + 1))] + (t < frames - 1) * [(n, n * n * (t + 1))] + (t == 1) * [(n, n * n)]}[how]
-        for tokens, pairs in passes:
-            total = [a + branches * b for a, b in zip(total, (*backbone_flops(c, tokens, pairs), 0))]
+        seen = n * (t + 1)
+        passes = {"ntp": n * [(1, t * n + n / 2, 1, t * n + n / 2)],
+                  "nocache": steps * [(seen, seen * (seen + n) / 2, n / steps, seen)],
+                  "cache": steps * [(n, n * seen, n / steps, seen)] + (t < frames - 1) * [(n, n * seen, 0, 0)] + (t == 1) * [(n, n * n, 0, 0)]}[how]
+        for one in passes:
+            total = [a + branches * b for a, b in zip(total, (*backbone_flops(c, *one), 0))]
     return total
 
 
 def train_flops(c, n, frames, t, batch, cut):
     """Of one step, forward and backward, for a loss on latent frame t; the mean mask ratio is 0.86."""
-    if cut:  # the last block's queries, cross-attention and MLP run on frame t alone
-        early, last = backbone_flops(c, n * (t + 1), n * n * (t + 1) * (t + 2) / 2), backbone_flops(c, n, n * n * (t + 1))
-        mid = sum(early) * (c.layers - 1) / c.layers + sum(last) / c.layers + 2 * 3 * c.dim**2 * n * t
-    else:
-        mid = sum(backbone_flops(c, n * frames, (n * frames) ** 2))
-    return 3 * batch * (mid + head_flops(c, *3 * [0.86 * n * c.diffusion_repeats]))
+    seen, loss = n * (t + 1 if cut else frames), 0.86 * n
+    mid = sum(backbone_flops(c, seen, seen * (seen + n) / 2, loss, seen) if cut else backbone_flops(c, seen, seen**2, seen, seen))
+    return 3 * batch * (mid + head_flops(c, *3 * [loss * c.diffusion_repeats]))
 
 
 def muon_flops(model, optimiser):

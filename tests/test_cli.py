@@ -238,6 +238,7 @@ BAD = [
     (["--video", "whole.png", "--out", "whole.png"], ["whole.png", "overwritten", "--out"]),
     (["--video", "nothing", "--out", "./nothing"], ["nothing", "overwritten"]),
     (["--img", "cat.png", "--frames", str(10**20 + 1)], ["--frames", "1000000"]),
+    (["--img", "cat.png", "--size", "64x6400000"], ["64x6400000", "2^30 pixels", "--size"]),
     (["--prompt", ""], ["--prompt TEXT"]),
     (["--eval", "1", "--context", "3"], ["--frames 9", "13 or more"]),
     (["--img", ""], ["picture"]),  # the current folder, which holds bad ones
@@ -305,6 +306,7 @@ def test_a_full_disk_keeps_the_old_file(tiny, folder, monkeypatch):
     (["--frames", "1"], ["--frames 1", "at least 5"]),
     (["--frames", "abc"], ["'abc'", "5,13,25"]),
     (["--size", "60x64"], ["60x64", "64x64"]),
+    (["--fps", "8"], ["--fps 8", "leave it out"]),
     (["--steps", "5,6"], ["--steps has 2 numbers for 3 stages"]),
     (["--steps", "0"], ["--steps"]),
     (["--batch", "0"], ["--batch 0"]),

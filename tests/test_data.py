@@ -147,6 +147,8 @@ def test_what_cannot_be_used_is_skipped_once_and_counted(folder, capsys):
     (["--data", "clips", "--fps", "-1"], ["--fps -1", "from 0.01"]),
     (["--encode", "empty"], ["empty", "nothing to train on"]),
     (["--encode", "clips", "--tokenizer", "nowhere.pt"], ["nowhere.pt", "no such file"]),
+    (["--text", "x"], ["--text", "--encode"]),
+    (["--encode", "clips", "--data", "clips"], ["--data", "leave out"]),
     (["--encode", "clips", "--frames", "25"], ["none of its 1 clips", "9 frames, 25 are needed"]),
 ])
 def test_bad_folders(folder, monkeypatch, capsys, args, words):
@@ -157,7 +159,7 @@ def test_bad_folders(folder, monkeypatch, capsys, args, words):
     (folder / "latents/latents.json").write_text("{")
     (folder / "out").mkdir()
     (folder / "out/ckpt.pt").write_text("precious")
-    module = tokenizer if "--encode" in args else train
+    module = tokenizer if args[0] in ("--encode", "--text") else train
     code, _, err = call(monkeypatch, capsys, *args, "--size", "16x24", module=module)
     assert code == 2 and all(w in err for w in words) and "Traceback" not in err, err
     assert [f.name for f in (folder / "out").iterdir()] == ["ckpt.pt"]

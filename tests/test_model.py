@@ -54,6 +54,17 @@ def test_full_attention_sees_later_frames():
     assert ((hidden(model, x) - hidden(model, y)).abs().amax(-1)[:, :N] > 1e-5).all()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("attention, first, skip", [("causal", 3, True), ("full", 1, True), ("causal", 1, False)])
+def test_the_last_block_computes_the_wanted_tokens_alone(attention, first, skip):
+    model, x, counts = tiny_model(attention=attention), clip(), []
+    model.blocks[-1].register_forward_hook(lambda module, args, out: counts.append(out.shape[1]))
+    wanted = first * N + torch.tensor([[0, 3], [4, 1]])
+    some, every = hidden(model, x, wanted=wanted, skip=skip), hidden(model, x)
+    assert torch.allclose(some, every.take_along_dim(wanted[..., None], 1), atol=1e-5)
+    assert counts == [2 if skip else 4 * N, 4 * N]
+
+
 def test_frame_causal_attention_is_masked_attention():
     q, k, v = torch.randn(3, 2, 4, 3 * N, 8).double().unbind(0)
     frame = torch.arange(3 * N) // N
@@ -426,6 +437,25 @@ def test_ablations_train_and_sample(changes):
     model(clip(), CAPTIONS, 1).backward()
     x = generate(model, clip(1), CAPTIONS, 3)
     assert torch.equal(x[:, :1], clip(1)) and (x[:, 1:].abs().amax((2, 3, 4)) > 0).all()
+
+
+@pytest.mark.parametrize("attention", ["causal", "full"])
+@pytest.mark.parametrize("loss", ["next-frame", "total-mask"])
+def test_what_the_last_block_skips_changes_no_sample(monkeypatch, attention, loss):
+    model, calls = tiny_model(attention=attention, loss=loss), []
+    real = model.hidden
+
+    def hidden(*args):
+        *rest, wanted, skip = args
+        h = real(*args)
+        assert torch.allclose(h, real(*rest).take_along_dim(wanted[..., None], 1), atol=1e-5)
+        calls.append(h)
+        return h
+
+    monkeypatch.setattr(model, "hidden", hidden)
+    for use_cache in (True, False):
+        generate(model, clip(1), CAPTIONS, 3, use_cache=use_cache)
+    assert len(calls) > 4
 
 
 def test_total_mask_fills_all_frames_at_once(monkeypatch):
