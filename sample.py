@@ -31,8 +31,9 @@ def generate(model, given, captions, frames, steps=None, diffusion_steps=None, c
              temperature=None, use_cache=True, progress=False, then=None, keep=None):
     """Continues latents: given (batch, n0, h, w, C) and captions -> (batch, frames, h, w, C), the given ones first.
 
-    n0 = 0 is text-to-video. Frame 0, if it is made, takes 8 times the steps and a guidance of at least 5. then: {latent frame:
-    captions from there on}; what the cache holds stays. keep (h, w), bool: editing; all frames are given, their tokens where it is True stay.
+    n0 = 0 is text-to-video. Frame 0, if it is made by itself (not with the total-mask loss), takes 8 times the steps and a
+    guidance of at least 5. then: {latent frame: captions from there on}; what the cache holds stays. keep (h, w), bool:
+    editing; all frames are given, their tokens where it is True stay.
 
     steps: unmasking steps a frame (K), diffusion_steps: of a token, cfg: guidance on the noise, 1 is the conditional
     model alone, temperature: a number, or "progressive" (paper App. B); None for any of the four takes the
@@ -61,15 +62,15 @@ def generate(model, given, captions, frames, steps=None, diffusion_steps=None, c
     text = model.read_text(captions * branches, null)
     cache = Cache(config, batch * branches, frames * n, device, text[0][0].dtype) if use_cache else None
 
-    def hidden(first, last, chosen):
-        """Hidden states of the tokens at `chosen` (batch, count) given frames first to last - 1, both branches -> (branches * batch * count, dim)."""
+    def hidden(first, last, chosen=torch.empty(batch, 0, dtype=torch.long, device=device)):
+        """Runs frames first to last - 1, both branches; the states of the tokens `chosen` (batch, count), none by default,
+        numbered through the clip -> (branches * batch * count, dim)."""
         part, wanted = slice(first * n, last * n), (chosen - first * n).repeat(branches, 1)
-        skip = config.attention == "full" or config.loss == "next-frame"
-        return model.hidden(x[:, part].repeat(branches, 1, 1), masked[:, part].repeat(branches, 1), text, grid, first, cache, wanted, skip).flatten(0, 1)
+        return model.hidden(x[:, part].repeat(branches, 1, 1), masked[:, part].repeat(branches, 1), text, grid, first, cache,
+                            wanted, config.loss == "next-frame").flatten(0, 1)
 
-    nothing = torch.empty(batch, 0, dtype=torch.long, device=device)
     if use_cache and finished:
-        hidden(0, finished, nothing)  # but the keys and values that it leaves in the cache
+        hidden(0, finished)  # for the keys and values that it leaves in the cache
         cache.finish(finished * n)
     # Next-frame: one frame after the other. Total-mask: all of them as one large picture.
     parts = [(t, t + 1) for t in range(finished, frames)] if config.loss == "next-frame" else [(finished, frames)] if finished < frames else []
@@ -93,7 +94,7 @@ def generate(model, given, captions, frames, steps=None, diffusion_steps=None, c
             x.scatter_(1, chosen[..., None].expand(-1, -1, channels), new.view(batch, count, channels))
             masked.scatter_(1, chosen, False)
         if use_cache and last < frames:
-            hidden(first, last, nothing)  # once more, now that the frame is finished: these keys and values stay
+            hidden(first, last)  # once more, now that the frame is finished: these keys and values stay
             cache.finish(n)
     return x.view(batch, frames, *grid, channels)
 

@@ -140,7 +140,8 @@ class Cosmos(nn.Module):
 
 
 def check_size(stride, frames, height, width):
-    """Raises Bad, naming the nearest that work, unless the stride divides the size and the frames after the first."""
+    """Raises Bad, naming the nearest that work, unless the stride divides the size and the frames after the first; and for
+    clips that no machine holds."""
     s, p, q = stride
     if frames < 1 or (frames - 1) % s:
         low = 1 + max(0, (frames - 1) // s) * s
@@ -336,10 +337,9 @@ def options_parser():
 
 def main():
     a = options_parser().parse_args()
-    check_size(a.stride, a.frames, *a.size)
     check_options(a, steps=(1, math.inf), decoder_steps=(0, math.inf), batch=(1, math.inf), width=(4, math.inf), blocks=(0, math.inf),
                   lr=(1e-9, 1), noise=(0, 10), fps=(0.01, 1000), seed=(0, 2**63 - 1))
-    if a.data if a.encode else a.tokenizer or a.text:
+    if a.encode and a.data or not a.encode and (a.tokenizer or a.text):
         raise Bad("--tokenizer and --text go with --encode, --data with the training of a tokenizer; leave out what does not belong")
     device = choose_device(a.device)
     dtype = choose_dtype(a.dtype, device)
@@ -352,6 +352,7 @@ def main():
         source = encode(a.encode, a.out, tokenizer, a.frames, a.size, a.fps, device, a.text and Pretrained(a.text, device, dtype))
         print(f"wrote latents to {a.out}; skipped {len(source.skipped)} files; python train.py --data {a.out} trains on them")
         return
+    check_size(a.stride, a.frames, *a.size)
     source = open_data(a.data, a.fps, a.out)
     if isinstance(source, Latents):
         raise Bad(f"--data {a.data}: holds latents; give a folder of clips")

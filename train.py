@@ -36,7 +36,7 @@ from sample import generate, load_model
 from tokenizer import Cosmos, Pretrained, Words, check_size, open_tokenizer, pack, unpack
 from videomar import PRESETS, VideoMAR
 
-STEPS = {"toy": (1400, 200, 770), "paper": (50000, 50000, 100000)}  # of three stages: 5, 13 and 25 frames
+STEPS = {"toy": (1250, 190, 680), "paper": (50000, 50000, 100000)}  # of three stages: 5, 13 and 25 frames
 OPTIMISER = {"toy": "muon", "paper": "adamw"}
 RATE = {"toy": 8e-4, "paper": 1e-4}  # one that suits a small model, and the paper's
 
@@ -74,7 +74,7 @@ def options_parser():
     p.add_argument("--position", choices=("rope", "absolute"), default="rope")
     p.add_argument("--device", help="cuda, mps or cpu (the best there is)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the network's products (by the hardware)")
-    p.add_argument("--compile", action="store_true", help="torch.compile the blocks: slow to start, faster after")
+    p.add_argument("--compile", action="store_true", help="torch.compile the blocks and the head: slow to start, faster after")
     p.add_argument("--shard", action="store_true", help="split parameters, gradients and state over the ranks of torchrun (FSDP2)")
     p.add_argument("--recompute", action="store_true", help="activations of a block are computed again in the backward pass: less memory")
     p.add_argument("--plan", action="store_true", help="print FLOPs, memory and days, and stop")

@@ -176,7 +176,8 @@ class Block(nn.Module):
 
     def forward(self, x, turn, text, text_mask, n, cache=None, wanted=None):
         """x (batch, frames * n, dim); turn: cosines and sines of `rope_angles`; text: from `text_keys_values`; n: tokens
-        a frame; cache: of earlier frames; wanted (batch, count): places of tokens that see all of x, compute theirs alone."""
+        a frame; cache: of earlier frames; wanted (batch, count): places in x of tokens that see all of it, compute theirs
+        alone -> (batch, count, dim)."""
         q, k, v = rearrange(self.qkv(self.norm1(x)), "b l (three h d) -> three b h l d", three=3, h=self.heads)
         if turn is not None:
             q, k = rotate(q, *turn), rotate(k, *turn)
@@ -184,6 +185,8 @@ class Block(nn.Module):
             x, q = x.take_along_dim(wanted[..., None], 1), q.take_along_dim(wanted[:, None, :, None], 2)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
+        if not x.shape[1]:
+            return x  # these keys and values were all that is needed
         y = frame_causal_attention(q, k, v, n) if self.causal and wanted is None else attend(q, k, v)
         x = x + self.out(rearrange(y, "b h l d -> b l (h d)"))
         q = rearrange(self.cross_q(self.norm2(x)), "b l (h d) -> b h l d", h=self.heads)
@@ -349,14 +352,13 @@ class VideoMAR(nn.Module):
         states = self.text_in(torch.where(null[:, None, None], self.null_text, states))
         return [block.text_keys_values(states) for block in self.blocks], (mask | null[:, None])[:, None, None]
 
-    def hidden(self, x, masked, text, grid, start=0, cache=None, wanted=None, skip=True):
+    def hidden(self, x, masked, text, grid, start=0, cache=None, wanted=None, last=False):
         """Hidden states of some frames of a clip.
 
         x: tokens (batch, frames * n, C), n = h * w; masked: (batch, frames * n), True where [MASK] stands in;
         text: from `read_text`; grid: (h, w); start: the number of the first frame in x; cache: holds the frames
-        before it; wanted (batch, count): places in x of the tokens whose states are asked for (all); skip: they see all
-        of x, as in the last frame or with full attention, so that the last block need not compute the others (ours).
-        -> (batch, frames * n or count, dim)
+        before it; wanted (batch, count): places in x of the tokens whose states are asked for (all); last: they are in
+        the last frame of x. What sees all of x the last block computes alone (ours). -> (batch, frames * n or count, dim)
         """
         config, n = self.config, grid[0] * grid[1]
         positions = grid_positions(start, x.shape[1] // n, *grid, x.device)
@@ -367,11 +369,12 @@ class VideoMAR(nn.Module):
         else:
             h, turn = h + absolute_code(positions, config.dim), None
         keys_values, text_mask = text
+        alone = wanted is not None and (last or config.attention == "full")
         for block, kv in zip(self.blocks, keys_values):
             run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block
-            h = run(h, turn, kv, text_mask, n, cache, wanted if skip and block is self.blocks[-1] else None)
+            h = run(h, turn, kv, text_mask, n, cache, wanted if alone and block is self.blocks[-1] else None)
         h = self.norm(h)
-        return h if wanted is None or skip else h.take_along_dim(wanted[..., None], 1)
+        return h if wanted is None or alone else h.take_along_dim(wanted[..., None], 1)
 
     def draw_masked(self, batch, frames, n, t, device=None):
         """The masking of eq. 4.1: frames before t stay whole, t is partly masked, later ones are wholly masked.
@@ -401,7 +404,7 @@ class VideoMAR(nn.Module):
         masked, places = self.draw_masked(batch, frames, n, t, x.device)
         cut = cut and config.cuts
         end = (t + 1) * n if cut else frames * n
-        z = self.hidden(x[:, :end], masked[:, :end], text, grid, wanted=places, skip=cut or config.attention == "full")  # (batch, count, dim)
+        z = self.hidden(x[:, :end], masked[:, :end], text, grid, wanted=places, last=cut)  # (batch, count, dim)
         target = x.take_along_dim(places[..., None], 1).flatten(0, 1)
         k = config.diffusion_repeats
         return self.diffusion.loss(self.head, target.float().repeat(k, 1), z.flatten(0, 1).repeat(k, 1), config.snr_clip).mean()

@@ -34,8 +34,8 @@ CAPTION = "a red cat moves left quickly and a blue star grows on a green backgro
 
 # ------------------------------------------------------------------------------------------------- counting FLOPs
 def backbone_flops(c, tokens, pairs, wanted, keys, words=16):
-    """Of one forward pass -> products with weights, attention. pairs: (query, key) couples of the self-attention; wanted: of
-    how many tokens, which see `keys` of them, the last block computes more than queries, keys and values."""
+    """Of one forward pass -> products with weights, attention. pairs: (query, key) couples of the self-attention; wanted:
+    tokens for which the last block goes beyond queries, keys and values; keys: how many each of them sees."""
     early = c.layers - 1
     return 2 * c.dim**2 * ((14 * early + 3) * tokens + 11 * wanted), 4 * c.dim * (early * (pairs + tokens * words) + wanted * (keys + words))
 

@@ -47,7 +47,7 @@ class Lab:
         self.device = choose_device(a.device)
         self.dtype = choose_dtype(None, self.device)
         self.file = self.folder / "results.json"
-        self.ckpt = a.ckpt or (default_checkpoint() if default_checkpoint().exists() else ROOT / "data/videomar.pt")
+        self.ckpt = a.ckpt or default_checkpoint()
         settings = {"clips": a.clips, "steps": a.steps, "ckpt": str(self.ckpt.resolve()), "changed": self.ckpt.stat().st_mtime}
         self.results = json.loads(self.file.read_text()) if self.file.exists() else {}
         if self.results and self.results["settings"] != settings:
