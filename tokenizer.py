@@ -262,9 +262,9 @@ def encode(folder, out, tokenizer, frames, size, fps, device, text=None, each=25
     """Latents of the clips below `folder`, once: float16 shards of `each` clips, captions, states of the text.
 
     A whole shard is never redone: a run that was killed goes on, and the ranks of torchrun share the shards."""
+    check_size(tokenizer.stride, frames, *size)
     source = Folder(folder, fps)
     print(source.about, flush=True)
-    check_size(tokenizer.stride, frames, *size)
     rank, ranks = torchrun()
     shards, plan = range(-(-len(source.clips) // each)), out / "plan.json"
     weights = zlib.crc32(b"".join(v.numpy().tobytes() for v in pack(tokenizer).get("state", {}).values())) if isinstance(tokenizer, Tokenizer) else tokenizer.crc
