@@ -31,7 +31,7 @@ def generate(model, given, captions, frames, steps=None, diffusion_steps=None, c
              temperature=None, use_cache=True, progress=False, then=None, keep=None):
     """Continues latents: given (batch, n0, h, w, C) and captions -> (batch, frames, h, w, C), the given ones first.
 
-    n0 = 0 is text-to-video. Frame 0, if it is made by itself (not with the total-mask loss), takes 8 times the steps and a
+    n0 = 0 is text-to-video. Frame 0, if it is made by itself (not with the total-mask loss), takes 10 times the steps and a
     guidance of at least 5. then: {latent frame: captions from there on}; what the cache holds stays. keep (h, w), bool:
     editing; all frames are given, their tokens where it is True stay.
 
@@ -81,7 +81,7 @@ def generate(model, given, captions, frames, steps=None, diffusion_steps=None, c
         tokens = len(places)
         order = places[torch.rand(batch, tokens, device=device).argsort(1)]  # random, for each clip (MAR)
         makes_first = last == 1  # frame 0: more steps, since tokens of one step do not see each other and two sprites began at once
-        counts, done = unmask_counts(tokens, steps * (8 if makes_first else last - first)), 0
+        counts, done = unmask_counts(tokens, steps * (10 if makes_first else last - first)), 0
         start, end = (first if use_cache else 0), (last if config.attention == "causal" else frames)
         for count in tqdm(counts, "steps", leave=False, disable=not progress):
             chosen = order[:, done:done + count]

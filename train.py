@@ -36,7 +36,7 @@ from sample import generate, load_model
 from tokenizer import Cosmos, Pretrained, Words, check_size, open_tokenizer, pack, unpack
 from videomar import PRESETS, VideoMAR
 
-STEPS = {"toy": (1250, 190, 680), "paper": (50000, 50000, 100000)}  # of three stages: 5, 13 and 25 frames
+STEPS = {"toy": (1200, 185, 660), "paper": (50000, 50000, 100000)}  # of three stages: 5, 13 and 25 frames
 OPTIMISER = {"toy": "muon", "paper": "adamw"}
 RATE = {"toy": 8e-4, "paper": 1e-4}  # one that suits a small model, and the paper's
 
@@ -408,9 +408,9 @@ def main():
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         step += 1
-        with torch.no_grad():  # at the start the average spans the last tenth of the steps so far
+        with torch.no_grad():  # at the start the average spans the last thirtieth of the steps so far
             local = lambda net: [p.to_local() if a.shard else p for p in net.parameters()]
-            torch._foreach_lerp_(local(ema), local(model), 1 - min(a.ema, 1 - 10 / (step + 10)))
+            torch._foreach_lerp_(local(ema), local(model), 1 - min(a.ema, 1 - 30 / (step + 30)))
         halt = bool(stop)  # read once a step, since a signal may come at any moment
         if world_size > 1:  # all ranks stop after the same step
             flag = torch.tensor(float(halt), device=device)

@@ -55,7 +55,7 @@ class Config:
 
 PRESETS = {
     # Sampled colder and with less guidance: in the drawn world picture and caption leave one future, see the README.
-    "toy": Config(layers=6, dim=192, heads=6, head_dim=256, text_dim=128, snr_clip=1.0, unmask_steps=8, sample_steps=15, cfg=1.5, temperature=0.0),
+    "toy": Config(layers=6, dim=192, heads=6, head_dim=256, text_dim=128, snr_clip=1.0, unmask_steps=6, sample_steps=15, cfg=1.5, temperature=0.0),
     "paper": Config(),
 }
 
