@@ -116,6 +116,8 @@ def load_model(path, device, content=None, dtype=torch.float32, text=None, token
             raise KeyError  # a field of today that it was trained without
         text = text or content.get("text")
         text = Pretrained(text, device, dtype) if text else Words(config.text_dim)
+        if text.dim != config.text_dim:
+            raise Bad(f"--text {text.name}: its states are of {text.dim} numbers, {path} was trained on {config.text_dim}; give the encoder of then")
         model = VideoMAR(config, text)
         model.load_state_dict(content["ema"])
         settings = content["settings"]
@@ -209,7 +211,7 @@ def many(a, model, tokenizer, frames, size, options, device, batch=8):
             except Bad as e:
                 failed[image, prompt] = e
         torch.manual_seed(a.seed % 2**40 * 2**20 + k)  # a clip is a function of seed and list, whatever is there already
-        if good:
+        if not all(path.exists() for _, path in good):
             latents = tokenizer.encode(to_float(torch.from_numpy(np.stack(pictures))).to(device))
             latents = generate(model, latents, [prompt for prompt, _ in good], 1 + (frames - 1) // tokenizer.stride[0], **options)
             for (_, path), clip in zip(good, tokenizer.decode(latents)):
@@ -269,8 +271,8 @@ def check(a):
         raise Bad("--eval and --prompts have pictures of their own, --prompts its texts, too; leave out --img, --video, --then, --box and --mask")
     if a.eval and (a.n > 1 or a.scale not in (None, 1)):
         raise Bad("--eval: it makes each clip once, in its own size; leave out --n and --scale")
-    if a.img and a.video or a.eval and a.prompts:
-        raise Bad("give one of --img and --video, of --eval and --prompts")
+    if a.img and a.video or a.eval and a.prompts or a.box and a.mask:
+        raise Bad("give one of --img and --video, of --eval and --prompts, of --box and --mask")
     if a.context and (a.box or a.mask or not (a.video or a.eval)):
         raise Bad("--context: it counts the latent frames that are given of a clip; give it with --video or --eval, without --box and --mask")
     if a.out and a.out.suffix not in (".gif", ".webp", ".png", ".mp4", ""):
@@ -304,8 +306,8 @@ def main():
     check_size(tokenizer.stride, frames, *size)
     a.scale = a.scale or max(1, -(-256 // min(size)))
     context = a.context or (2 if a.video else 1)
-    if a.eval and 1 + tokenizer.stride[0] * (context - 1) >= frames:
-        raise Bad(f"--frames {frames}: there is nothing to compare behind what is given; give {1 + tokenizer.stride[0] * context} or more")
+    if (a.eval or a.prompts) and 1 + tokenizer.stride[0] * (context - 1) >= frames:
+        raise Bad(f"--frames {frames}: there is nothing to make behind what is given; give {1 + tokenizer.stride[0] * context} or more")
     print(f"checkpoint {os.path.relpath(a.ckpt)}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {frames} frames {size[0]}x{size[1]}")
     options = dict(steps=a.steps, diffusion_steps=a.diffusion_steps, cfg=a.cfg, cfg_schedule=a.cfg_schedule,
                    temperature=a.temperature, use_cache=not a.no_cache)
@@ -321,8 +323,9 @@ def main():
         print(f"prompt: {prompt[:200]!r}" + ("" if a.prompt is not None or not prompt else f" (from {os.path.relpath(text)})"))
         out = a.out or Path("out") / f"{source.stem}.gif"
         paths, strip = [out if a.n == 1 else out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(a.n)], out.with_name(f"{out.stem}-strip.png")
-        if source.resolve() in [p.resolve() for p in (*paths, strip)]:
-            raise Bad(f"{source}: what is read would be overwritten; name another file with --out")
+        for path in (find(p) for p in (a.img, a.video, a.mask) if p):
+            if {path.resolve(), *path.resolve().parents} & {p.resolve() for p in (*paths, strip)}:
+                raise Bad(f"{path}: what is read would be overwritten; name another place with --out")
         s = tokenizer.stride[0]
         keep = keep_outside(a, size, tokenizer.stride).to(device) if a.box or a.mask else None
         n0 = 1 + (frames - 1) // s if keep is not None else context if a.video else int(a.img is not None)  # latent frames given

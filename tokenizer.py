@@ -158,10 +158,11 @@ class Words(nn.Module):
     """Captions to text states with nothing pretrained (ours): each word is hashed into a learned table, and a
     convolution over the words tells each what stands around it. Learned together with the model."""
 
-    def __init__(self, dim=128, buckets=1031, longest=256):
+    buckets, longest = 1031, 256
+
+    def __init__(self, dim):
         super().__init__()
-        self.dim, self.buckets, self.longest = dim, buckets, longest
-        self.table = nn.Embedding(buckets + 1, dim, padding_idx=buckets)
+        self.dim, self.table = dim, nn.Embedding(self.buckets + 1, dim, padding_idx=self.buckets)
         self.around = nn.Conv1d(dim, 2 * dim, 9, padding=4)
         self.out = nn.Linear(2 * dim, dim)
 
@@ -181,22 +182,24 @@ class Words(nn.Module):
 class Pretrained(nn.Module):
     """A frozen text encoder of transformers (paper 5.1: Qwen2-1.5B): the last hidden states of a caption's tokens.
 
-    It is no part of a checkpoint, which holds its name alone. Each caption is encoded once and kept. Raises Bad.
+    It is no part of a checkpoint, which holds its name alone. The states of the last 1000 captions are kept. Raises Bad.
     """
 
-    def __init__(self, name, device="cpu", dtype=torch.float32, longest=256):
+    longest = 256
+
+    def __init__(self, name, device="cpu", dtype=torch.float32):
         super().__init__()
+        self.name = str(name)
         try:
             from transformers import AutoModel, AutoTokenizer
         except ImportError:
             raise Bad(f"--text {name} needs the package transformers, 4.56 or newer: pip install -U transformers") from None
         try:
             self.split = AutoTokenizer.from_pretrained(name)
-            encoder = AutoModel.from_pretrained(name, dtype=dtype).to(device).eval().requires_grad_(False)
+            self.hidden = [AutoModel.from_pretrained(name, dtype=dtype).to(device).eval().requires_grad_(False)]  # a list is not saved
+            self.dim = self.one("a").shape[-1]
         except Exception as e:
-            raise Bad(f"--text {name}: cannot be loaded ({type(e).__name__}); give a folder or a name on huggingface.co, such as Qwen/Qwen2-1.5B") from None
-        self.hidden = [encoder]  # in a list, so that it is not saved
-        self.name, self.dim, self.longest = str(name), encoder.config.hidden_size, longest
+            raise Bad(f"--text {name}: cannot be loaded, or reads no text ({type(e).__name__}); give a folder or a name on huggingface.co, such as Qwen/Qwen2-1.5B") from None
         self.one = lru_cache(1000)(self.one)
 
     def __deepcopy__(self, memo):  # the averaged model reads the same text
@@ -263,6 +266,8 @@ def encode(folder, out, tokenizer, frames, size, fps, device, text=None, each=25
 
     A whole shard is never redone: a run that was killed goes on, and the ranks of torchrun share the shards."""
     check_size(tokenizer.stride, frames, *size)
+    if not folder.is_dir():
+        raise Bad(f"--encode {folder}: no such folder; give one with clips")
     source = Folder(folder, fps)
     print(source.about, flush=True)
     rank, ranks = torchrun()

@@ -48,7 +48,7 @@ def options_parser():
     p.add_argument("--steps", type=several, help="one number for all stages, or one per stage")
     p.add_argument("--size", type=parse_numbers, default=(64, 64), help="HEIGHTxWIDTH (64x64)")
     p.add_argument("--stride", type=lambda s: parse_numbers(s, "4x8x8"), default=(4, 8, 8), help="of the tokenizer (4x8x8)")
-    p.add_argument("--tokenizer", type=Path, help="file of tokenizer.py (out/tokenizer-STRIDE.pt if there is one, else data/), or folder of a Cosmos-Tokenizer")
+    p.add_argument("--tokenizer", type=Path, help="file of tokenizer.py (that of --init if its stride is right, else tokenizer-STRIDE.pt in --out, out/ or data/), or folder of a Cosmos-Tokenizer")
     p.add_argument("--text", help="folder or name of a text encoder for transformers, such as Qwen/Qwen2-1.5B (learned words)")
     p.add_argument("--data", type=Path, help="folder of clips, or of latents written by tokenizer.py --encode (the drawn world)")
     p.add_argument("--fps", type=float, help="pictures a second to take from the clips in --data (all)")
@@ -149,7 +149,8 @@ def setup(argv=None):
     a.parts = ranks * a.accumulate
     parts = checkpoint["args"]["parts"] if checkpoint else a.parts
     if a.batch % a.parts or a.parts != parts:
-        raise Bad(f"--batch {a.batch} in {parts} parts: {ranks} ranks cannot share it evenly; it must be a multiple of ranks x accumulate")
+        raise Bad(f"--batch {a.batch} in {parts} parts: {ranks} ranks cannot share it evenly; ranks x accumulate must "
+                  + ("divide it" if a.parts == parts else f"be {parts} again"))
     a.lr, a.optimiser = a.lr or RATE[a.preset], a.optimiser or OPTIMISER[a.preset]
     if a.shard and (ranks == 1 or a.optimiser == "muon"):
         raise Bad("--shard: " + ("start it with torchrun on several ranks" if ranks == 1 else "Muon needs whole matrices; give --optimiser adamw"))
@@ -178,10 +179,9 @@ def state_bytes(model, a):
 def show_plan(a, config):
     """--plan: FLOPs, memory and days, from the configuration alone. Memory of activations is an estimate."""
     with torch.device("meta"):
-        model = VideoMAR(config, Words(config.text_dim))
+        model = VideoMAR(config, None if a.text else Words(config.text_dim))
     count, state = sum(p.numel() for p in model.parameters()), state_bytes(model, a)
-    n = (a.size[0] // a.stride[1]) * (a.size[1] // a.stride[2])
-    total = 0
+    total, n = 0, (a.size[0] // a.stride[1]) * (a.size[1] // a.stride[2])
     print(f"model      {count / 1e9:.3f} B parameters; a latent frame is {n} tokens")
     for frames, steps in zip(a.frames, a.steps):
         t = 1 + (frames - 1) // a.stride[0]

@@ -69,7 +69,9 @@ def write(path, save):
         path.parent.mkdir(parents=True, exist_ok=True)
         save(part)
         if path.is_dir():
-            shutil.rmtree(path)
+            os.replace(path, old := part.with_name(f"{part.name}-old"))
+            os.replace(part, path)
+            return shutil.rmtree(old)
         os.replace(part, path)
     except BaseException as e:  # a full disk (RuntimeError of torch's), more pixels than the format can hold, Ctrl-C
         if part.is_dir():
@@ -101,7 +103,7 @@ def load(path, kind):
     return content
 
 
-def choose_device(name=None):
+def choose_device(name):
     """`name`, or the best device there is. Raises Bad for one that is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = name or next(k for k, ok in there.items() if ok)

@@ -1,7 +1,7 @@
 """Pictures and clips as files: reading and writing them, and what training takes them from: the drawn world, a folder of your
 own, latents encoded once.
 
-Pillow reads what it can; .mp4, .webm and .mov go through av (pip install av).
+Pillow reads what it can; .mp4, .webm, .mov and .mkv go through av (pip install av).
 """
 import csv
 import json
@@ -172,7 +172,7 @@ class Folder:
                 self.clips.append((path, text if text is not None else note.read_text(errors="replace").strip() if note.is_file() else ""))
         self.listed = zlib.crc32(repr([(str(p.relative_to(folder)), c) for p, c in self.clips]).encode(errors="replace"))
         if not self.clips:
-            raise Bad(f"--data {folder}: nothing to train on; looked for {', '.join(VIDEOS + MOVING)} and folders of pictures")
+            raise Bad(f"{folder}: no clips in it; looked for {', '.join(VIDEOS + MOVING)} and folders of pictures")
         if any(path.suffix.lower() in VIDEOS for path, _ in self.clips):
             need("av", f"--data {folder}")
         some = self.clips[:100]
@@ -226,7 +226,7 @@ class Latents:
         try:
             self.meta = json.loads((folder / "latents.json").read_text())
             self.ends, self.size, self.frames = np.cumsum(self.meta["clips"]), tuple(self.meta["size"]), self.meta["frames"]
-            self.listed = self.meta.get("listed")
+            self.listed = [self.meta.get("listed"), self.meta.get("tokenizer")]
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise Bad(f"--data {folder}: its latents.json is missing or damaged ({type(e).__name__}); run tokenizer.py --encode again") from None
         self.about = f"{folder}: {self.ends[-1]} clips of latents, {self.frames} frames {'x'.join(map(str, self.size))}"

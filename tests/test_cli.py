@@ -111,7 +111,7 @@ def test_prompt_beside_the_picture(tiny, folder):
 def test_a_prompt_alone_is_text_to_video(tiny, folder):
     code, out, err = tiny("--prompt", "a red cat grows", "--out", "a.png")
     assert code == 0 and "3 latent" not in out and len(frames_of("a.png")) == 9, err
-    assert tiny("--prompt", "a blue star spins", "--out", "b.png")[0] == 0
+    assert tiny("--prompt", "a blue star spins", "--out", "b.png")[0] == 0 == tiny("--prompt", "a red cat grows", "--out", "clip")[0]
     assert abs(frames_of("a.png")[0].astype(int) - frames_of("b.png")[0]).max() > 3
 
 
@@ -177,6 +177,8 @@ def make_bad_files(folder, tiny_files):
     (folder / "empty.png").write_bytes(b"")
     (folder / "text.png").write_text("not a picture")
     Image.new("L", (64, 64)).save("whole.png")
+    (folder / "frames").mkdir()
+    Image.new("L", (64, 64)).save("frames/0.png")
     (folder / "cut.png").write_bytes((folder / "whole.png").read_bytes()[:40])
     Image.new("1", (20000, 9000)).save("bomb.png")
     (folder / "cut.pt").write_bytes(good[:len(good) // 2])
@@ -237,6 +239,9 @@ BAD = [
     (["--video", "whole.png", "--box", "0,0,8,8", "--context", "1"], ["--context", "--box"]),
     (["--video", "whole.png", "--out", "whole.png"], ["whole.png", "overwritten", "--out"]),
     (["--video", "nothing", "--out", "./nothing"], ["nothing", "overwritten"]),
+    (["--img", "frames/0.png", "--out", "frames"], ["frames/0.png", "overwritten"]),
+    (["--video", "nothing", "--mask", "whole.png", "--out", "whole.png"], ["whole.png", "overwritten"]),
+    (["--video", "nothing", "--mask", "whole.png", "--box", "0,0,8,8"], ["of --box and --mask"]),
     (["--img", "cat.png", "--frames", str(10**20 + 1)], ["--frames", "1000000"]),
     (["--img", "cat.png", "--size", "64x6400000"], ["64x6400000", "2^30 pixels", "--size"]),
     (["--prompt", ""], ["--prompt TEXT"]),
@@ -263,13 +268,13 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, folder, tiny_files, args, w
     make_bad_files(folder, tiny_files)
     (folder / "file").write_text("precious")
     (folder / "nothing").mkdir()
-    before = {p: p.is_dir() or p.read_bytes() for p in folder.iterdir()}
+    before = {p: p.is_dir() or p.read_bytes() for p in folder.rglob("*")}
     if torch.cuda.is_available() and "cuda" in args:
         pytest.skip("there is a CUDA device")
     code, out, err = tiny(*args)
     assert code == 2 and all(w in err for w in words) and "Traceback" not in err
     assert len(err.strip().split("\n")) == 1 or err.startswith("usage:")  # argparse adds its usage
-    assert {p: p.is_dir() or p.read_bytes() for p in folder.iterdir()} == before  # nothing new, nothing lost, nothing executed
+    assert {p: p.is_dir() or p.read_bytes() for p in folder.rglob("*")} == before  # nothing new, nothing lost, nothing executed
 
 
 def test_too_little_memory_is_one_line(tiny, monkeypatch):

@@ -141,11 +141,11 @@ def test_what_cannot_be_used_is_skipped_once_and_counted(folder, capsys):
 
 @pytest.mark.parametrize("args, words", [
     (["--data", "nowhere"], ["nowhere", "no such folder"]),
-    (["--data", "empty"], ["empty", "nothing to train on", ".mp4"]),
+    (["--data", "empty"], ["empty", "no clips", ".mp4"]),
     (["--data", "latents"], ["latents.json", "damaged"]),
     (["--data", "clips", "--frames", "5,13"], ["none of its 1 clips", "9 frames, 13 are needed"]),  # before the stage of 5
     (["--data", "clips", "--fps", "-1"], ["--fps -1", "from 0.01"]),
-    (["--encode", "empty"], ["empty", "nothing to train on"]),
+    (["--encode", "empty"], ["empty", "no clips"]),
     (["--encode", "clips", "--tokenizer", "nowhere.pt"], ["nowhere.pt", "no such file"]),
     (["--text", "x"], ["--text", "--encode"]),
     (["--encode", "clips", "--data", "clips"], ["--data", "leave out"]),
@@ -241,6 +241,11 @@ def test_latents_once(folder, monkeypatch, tiny_files, capsys):
     assert "8 clips of latents" in capsys.readouterr().out and (folder / "run/stage1-9.png").exists()
     code, _, err = call(monkeypatch, capsys, "--data", "whole", "--size", "16x24", "--frames", 13, module=__import__("train"))
     assert code == 2 and "9 frames 16x24" in err
+    net.encoder[0].weight.data += 1
+    tokenizer.encode(folder / "clips", folder / "other", net, 9, SIZE, None, "cpu")
+    with pytest.raises(Bad, match="other clips than when"):  # the same ones, in tokens that the weights do not know
+        run_train(monkeypatch, "--resume", "--out", "run", "--steps", 4, "--data", "other")
+    assert run_train(monkeypatch, "--resume", "--out", "run", "--steps", 4) == 0
 
 
 def test_latents_of_other_clips_are_not_mixed(folder, monkeypatch):
@@ -331,6 +336,9 @@ def test_a_list_of_prompts(folder, tiny_files, monkeypatch, capsys):
     stamp = os.stat("one/it moves-4.mp4").st_mtime_ns
     assert "wrote 1 clips" in call(monkeypatch, capsys, *args, "--out", "one")[1]
     assert os.stat("one/it moves-4.mp4").st_mtime_ns == stamp and alike(look("one"), before)
+    with monkeypatch.context() as m:
+        m.setattr("sample.generate", None)  # nothing is made to be thrown away
+        assert "wrote 0 clips" in call(m, capsys, *args, "--out", "one")[1]
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")

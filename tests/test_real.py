@@ -139,6 +139,11 @@ def test_training_and_sampling_on_qwen(folder, monkeypatch, capsys, tiny_files):
     assert code == 0, err
     code, _, err = call(monkeypatch, capsys, "--img", "cat.png", "--text", "nowhere/at-all")
     assert code == 2 and "nowhere/at-all" in err and len(err.strip().split("\n")) == 1
+    code, _, err = call(monkeypatch, capsys, "--img", "cat.png", "--text", "qwen", "--ckpt", tiny_files / "ckpt.pt")
+    assert code == 2 and "states are of 32 numbers" in err and "was trained on 16" in err
+    (folder / "qwen/model.safetensors").unlink()
+    code, _, err = call(monkeypatch, capsys, "--img", "cat.png")
+    assert code == 2 and "cannot be loaded" in err and len(err.strip().split("\n")) == 1
     monkeypatch.setitem(sys.modules, "transformers", None)
     code, _, err = call(monkeypatch, capsys, "--img", "cat.png")
     assert code == 2 and "pip install -U transformers" in err
