@@ -315,7 +315,7 @@ def test_a_full_disk_keeps_the_old_file(tiny, folder, monkeypatch):
     (["--steps", "5,6"], ["--steps has 2 numbers for 3 stages"]),
     (["--steps", "0"], ["--steps"]),
     (["--batch", "0"], ["--batch 0"]),
-    (["--batch", "3", "--accumulate", "2"], ["--batch 3", "multiple"]),
+    (["--batch", "3", "--accumulate", "2"], ["--batch 3", "ranks x accumulate must divide it"]),
     (["--lr", "-1"], ["--lr -1"]),
     (["--seed", "-1"], ["--seed -1"]),
     (["--seed", str(2**22)], ["--seed 4194304", "from 0 to 4194303"]),
