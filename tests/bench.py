@@ -183,9 +183,9 @@ def bench_train(a, model, device, grid, frames):
             optimiser.zero_grad(set_to_none=True)
 
     ts = range(1, frames)
-    times = in_turn([lambda t=t, cut=cut: step(t, cut) for t in ts for cut in (False, True)], device, a.repeats)
+    *cut_s, full_s = in_turn([*(lambda t=t: step(t, True) for t in ts), lambda: step(frames // 2, False)], device, a.repeats)  # the full one is alike for all t
     videomar.frame_causal_attention = short
-    full_s, cut_s = sum(times[::2]) / len(ts), sum(times[1::2]) / len(ts)
+    cut_s = sum(cut_s) / len(ts)
     full, cut = (sum(train_flops(c, n, frames, t, batch, how) for t in ts) / len(ts) + muon_flops(model, OPTIMISER[a.preset]) for how in (False, True))
     peak = matmul_peak(device, a.dtype)
     tokens = batch * n * (frames + 2) / 2
@@ -204,7 +204,7 @@ def options_parser():
     p.add_argument("--frames", type=int, default=25, help="pixel frames (25)")
     p.add_argument("--stride", type=lambda s: parse_numbers(s, "4x8x8"), default=(4, 8, 8))
     p.add_argument("--batch", type=int, help="clips (1 to sample, 4 to train: the tokens of a default step)")
-    p.add_argument("--repeats", type=int, help="of which the medians are taken (5 to sample, 2 to train)")
+    p.add_argument("--repeats", type=int, default=5, help="of which the medians are taken (5)")
     p.add_argument("--ntp-steps", type=int, default=24, help="steps of next-token prediction that are timed (24)")
     p.add_argument("--nocache-frames", type=int, default=10**6, help="latent frames that are timed without the cache (all)")
     p.add_argument("--growth", action="store_true", help="also time 7, 13, 25 and 49 latent frames")
@@ -219,7 +219,7 @@ def main():
     check_size(a.stride, a.frames, *a.size)
     check_options(a, batch=(1, 10**6), repeats=(1, 1000), ntp_steps=(1, 10**6), nocache_frames=(2, 10**6), frames=(1 + a.stride[0], 10**6))
     device = choose_device(a.device)
-    a.dtype, a.repeats = choose_dtype(a.dtype, device), a.repeats or {"sample": 5, "train": 2}[a.what]
+    a.dtype = choose_dtype(a.dtype, device)
     grid, frames = (a.size[0] // a.stride[1], a.size[1] // a.stride[2]), 1 + (a.frames - 1) // a.stride[0]
     torch.manual_seed(0)
     torch.set_flush_denormal(True)

@@ -490,7 +490,7 @@ def test_text_to_video_starts_from_nothing(monkeypatch):
         steps.clear()
         scales.clear()
         make(CAPTIONS, steps=2, cfg=cfg)
-        assert steps == [16, 2, 2] and set(scales[:-4]) == {5.0} and max(scales[-4:]) == cfg
+        assert steps == [20, 2, 2] and set(scales[:-4]) == {5.0} and max(scales[-4:]) == cfg
 
 
 def test_a_later_prompt_changes_later_frames_alone():
