@@ -266,8 +266,6 @@ def encode(folder, out, tokenizer, frames, size, fps, device, text=None, each=25
 
     A whole shard is never redone: a run that was killed goes on, and the ranks of torchrun share the shards."""
     check_size(tokenizer.stride, frames, *size)
-    if not folder.is_dir():
-        raise Bad(f"--encode {folder}: no such folder; give one with clips")
     source = Folder(folder, fps)
     print(source.about, flush=True)
     rank, ranks = torchrun()

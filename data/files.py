@@ -65,14 +65,14 @@ def write(path, save):
     if path.is_dir() and any(f.suffix != ".png" or not f.stem.isdigit() for f in path.iterdir()):
         raise Bad(f"{path}: a folder with other things in it; choose another place with --out")
     part = path.with_name(f".{os.environ.get('RANK', 0)}-{os.getpid()}.part-{path.name}")
+    old = part.with_name(f"{part.name}-old")  # a folder cannot be replaced while it holds something
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save(part)
         if path.is_dir():
-            os.replace(path, old := part.with_name(f"{part.name}-old"))
-            os.replace(part, path)
-            return shutil.rmtree(old)
+            os.replace(path, old)
         os.replace(part, path)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException as e:  # a full disk (RuntimeError of torch's), more pixels than the format can hold, Ctrl-C
         if part.is_dir():
             shutil.rmtree(part)

@@ -160,6 +160,8 @@ class Folder:
 
     def __init__(self, folder, fps=None, out=None):
         self.folder, self.fps, self.skipped, self.clips = folder, fps, {}, []
+        if not folder.is_dir():
+            raise Bad(f"{folder}: no such folder; give one with clips, or to train.py one written by tokenizer.py --encode")
         table = folder / "metadata.csv"
         told = {r["file_name"]: r["text"] for r in read_csv(table, "file_name", "text")} if table.is_file() else {}
         for parent, folders, files in os.walk(folder):
@@ -258,8 +260,6 @@ class Latents:
 
 def open_data(path, fps=None, out=None):
     """--data: None, a folder of clips (without what is in `out`), or one of latents -> World, Folder or Latents. Raises Bad."""
-    if path and not path.is_dir():
-        raise Bad(f"--data {path}: no such folder; give one with clips, or one written by tokenizer.py --encode")
     latents = path and any((path / name).exists() for name in ("latents.json", "plan.json"))
     if fps and (latents or not path):
         raise Bad(f"--fps {fps:g}: it says how a folder of clips is read, here are none; leave it out")

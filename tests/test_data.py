@@ -146,6 +146,7 @@ def test_what_cannot_be_used_is_skipped_once_and_counted(folder, capsys):
     (["--data", "clips", "--frames", "5,13"], ["none of its 1 clips", "9 frames, 13 are needed"]),  # before the stage of 5
     (["--data", "clips", "--fps", "-1"], ["--fps -1", "from 0.01"]),
     (["--encode", "empty"], ["empty", "no clips"]),
+    (["--encode", "nowhere"], ["nowhere", "no such folder"]),
     (["--encode", "clips", "--tokenizer", "nowhere.pt"], ["nowhere.pt", "no such file"]),
     (["--text", "x"], ["--text", "--encode"]),
     (["--encode", "clips", "--data", "clips"], ["--data", "leave out"]),
