@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data import measures, world
 from data.files import DATA, Bad, check_options, check_writable, choose_device, choose_dtype, load, need, parse_numbers, run, torchrun
-from data.video import draw, enlarge, find, read_clip, read_csv, to_float, to_uint8, write_strip, write_video
+from data.video import World, enlarge, find, read_clip, read_csv, to_float, to_uint8, write_strip, write_video
 from tokenizer import Pretrained, Words, check_size, unpack
 from videomar import Cache, Config, Diffusion, VideoMAR, progressive_temperature, unmask_counts
 
@@ -69,12 +69,12 @@ def generate(model, given, captions, frames, steps=None, diffusion_steps=None, c
         return model.hidden(x[:, part].repeat(branches, 1, 1), masked[:, part].repeat(branches, 1), text, grid, first, cache,
                             wanted, config.loss == "next-frame").flatten(0, 1)
 
-    if use_cache and finished:
-        hidden(0, finished)  # for the keys and values that it leaves in the cache
-        cache.finish(finished * n)
     # Next-frame: one frame after the other. Total-mask: all of them as one large picture.
     parts = [(t, t + 1) for t in range(finished, frames)] if config.loss == "next-frame" else [(finished, frames)] if finished < frames else []
     for first, last in tqdm(parts, "latent frames", disable=not progress):
+        if use_cache and cache.length < first * n:  # given, or just finished: run once more for the keys and values that stay
+            hidden(cache.length // n, first)
+            cache.length = first * n
         if then and first in then:
             text = model.read_text(then[first] * branches, null)
         places = first * n + (~stays[first * n:last * n]).nonzero()[:, 0]
@@ -93,9 +93,6 @@ def generate(model, given, captions, frames, steps=None, diffusion_steps=None, c
                                    temperatures[chosen // n].view(-1, 1), None if branches == 1 else guidance, config.clamp)
             x.scatter_(1, chosen[..., None].expand(-1, -1, channels), new.view(batch, count, channels))
             masked.scatter_(1, chosen, False)
-        if use_cache and last < frames:
-            hidden(first, last)  # once more, now that the frame is finished: these keys and values stay
-            cache.finish(n)
     return x.view(batch, frames, *grid, channels)
 
 
@@ -137,8 +134,7 @@ def keep_outside(a, size, stride):
         region = torch.zeros(size, dtype=torch.bool)
         region[y0:y1, x0:x1] = True
     if not region.any():
-        what = f"{a.mask}: has no white pixel" if a.mask else f"--box {a.box}: marks no pixel"
-        raise Bad(f"{what} of a clip of {size[0]}x{size[1]}; paint the region white, or give y0,x0,y1,x1")
+        raise Bad(f"{a.mask or f'--box {a.box}'}: marks no pixel of a clip of {size[0]}x{size[1]}; paint the region white, or give y0,x0,y1,x1")
     return torch.nn.functional.max_pool2d(region[None, None].float(), stride[1:], stride[1:])[0, 0] == 0
 
 
@@ -151,7 +147,7 @@ def evaluate(model, tokenizer, count, frames, size, options, out, fps, context=1
     device, start, tables, seen, shown = next(model.parameters()).device, time.time(), [], [], []
     s = tokenizer.stride[0]
     for first in tqdm(range(0, count, batch), "batches"):
-        truth, captions = draw(range(first, min(first + batch, count)), frames, size, held_out=True)
+        truth, captions = World().batch(range(first, min(first + batch, count)), frames, size, held_out=True)
         truth = to_float(truth.to(device))
         latents = tokenizer.encode(truth)
         captions = captions if prompt is None else [prompt] * len(captions)
@@ -240,7 +236,7 @@ def options_parser():
     p.add_argument("--diffusion-steps", type=int, help="diffusion steps a token")
     p.add_argument("--cfg", type=float, help="guidance, 1 is none")
     p.add_argument("--cfg-schedule", choices=("linear", "constant"), default="linear")
-    p.add_argument("--temperature", help="progressive, or one number for all frames")
+    p.add_argument("--temperature", type=lambda s: s if s == "progressive" else float(s), metavar="progressive|NUMBER", help="of all frames")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--n", type=int, default=1, help="clips, in one batch")
     p.add_argument("--no-cache", action="store_true", help="recompute all earlier frames at every step: same clip, slower")
@@ -259,11 +255,7 @@ def options_parser():
 
 def check(a):
     """The values no checkpoint is needed to judge. Raises Bad."""
-    if a.temperature not in (None, "progressive"):
-        try:
-            a.temperature = float(a.temperature)
-        except ValueError:
-            raise Bad(f"--temperature {a.temperature}: give progressive or a number such as 0.9") from None
+    if a.temperature != "progressive":
         check_options(a, temperature=(0, 2))
     check_options(a, frames=(1, 10**6), steps=(1, math.inf), diffusion_steps=(2, 1000), cfg=(0, 100), n=(1, math.inf), context=(1, math.inf),
                   scale=(1, 64), fps=(1, 240), eval=(1, math.inf), seed=(0, 2**63 - 1))
@@ -275,23 +267,18 @@ def check(a):
         raise Bad("give one of --img and --video, of --eval and --prompts, of --box and --mask")
     if a.context and (a.box or a.mask or not (a.video or a.eval)):
         raise Bad("--context: it counts the latent frames that are given of a clip; give it with --video or --eval, without --box and --mask")
-    if a.out and a.out.suffix not in (".gif", ".webp", ".png", ".mp4", ""):
-        raise Bad(f"--out {a.out}: ending {a.out.suffix} is not known; use .gif, .webp, .png, .mp4, or none for a folder")
-    if a.out and a.out.suffix == ".mp4":
-        need("av", f"--out {a.out}")
+    endings = ("",) if a.prompts else (".gif", ".webp", ".png", ".mp4", "")
+    if a.out and a.out.suffix not in endings:
+        raise Bad(f"--out {a.out}: its ending must be {', '.join(e or 'none, for a folder' for e in endings)}")
+    if a.prompts or a.out and a.out.suffix == ".mp4":
+        need("av", "writing .mp4")
     check_writable(a.out or Path("out/x"))
-    if a.prompts:
-        need("av", f"--prompts {a.prompts}")
-        if a.out and a.out.suffix:
-            raise Bad(f"--out {a.out}: with --prompts it is a folder; leave out {a.out.suffix}")
     if not (a.eval or a.prompts or a.img or a.video or a.prompt):
         raise Bad("nothing to start from: give --img PICTURE (try --img cat.png), --video CLIP, --prompt TEXT or --eval N")
     if (a.box or a.mask) and not a.video:
         raise Bad("--box, --mask: they mark what to change in a clip; give it with --video")
     if a.box and not re.fullmatch(r"\d+(,\d+){3}", a.box):
         raise Bad(f"--box {a.box}: give y0,x0,y1,x1 in pixels, such as 0,0,32,64")
-    if not all(re.fullmatch(r"\d+", f) for f, _ in a.then):
-        raise Bad("--then: first a pixel frame, then a prompt, such as --then 13 \"a cat moves up slowly\"")
 
 
 def main():
@@ -305,15 +292,16 @@ def main():
     size, frames = a.size or tuple(settings["size"]), a.frames or settings["frames"][-1]
     check_size(tokenizer.stride, frames, *size)
     a.scale = a.scale or max(1, -(-256 // min(size)))
-    context = a.context or (2 if a.video else 1)
-    if (a.eval or a.prompts) and 1 + tokenizer.stride[0] * (context - 1) >= frames:
-        raise Bad(f"--frames {frames}: there is nothing to make behind what is given; give {1 + tokenizer.stride[0] * context} or more")
+    s, edit = tokenizer.stride[0], a.box or a.mask
+    n0 = 1 + (frames - 1) // s if edit else a.context or (2 if a.video else 1 if a.img or a.eval or a.prompts else 0)  # latent frames given
+    if not edit and 1 + s * (n0 - 1) >= frames:
+        raise Bad(f"--frames {frames}: {1 + s * (n0 - 1)} are given already; ask for {1 + s * n0} or more, such as {1 + s * (n0 + 5)}")
     print(f"checkpoint {os.path.relpath(a.ckpt)}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {frames} frames {size[0]}x{size[1]}")
     options = dict(steps=a.steps, diffusion_steps=a.diffusion_steps, cfg=a.cfg, cfg_schedule=a.cfg_schedule,
                    temperature=a.temperature, use_cache=not a.no_cache)
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         if a.eval:
-            return evaluate(model, tokenizer, a.eval, frames, size, options, a.out or Path("out/eval.gif"), a.fps, context, a.prompt)
+            return evaluate(model, tokenizer, a.eval, frames, size, options, a.out or Path("out/eval.gif"), a.fps, n0, a.prompt)
         if a.prompts:
             return many(a, model, tokenizer, frames, size, options, device)
         source = find(a.img or a.video or Path("clip"))
@@ -326,31 +314,23 @@ def main():
         for path in (find(p) for p in (a.img, a.video, a.mask) if p):
             if {path.resolve(), *path.resolve().parents} & {p.resolve() for p in (*paths, strip)}:
                 raise Bad(f"{path}: what is read would be overwritten; name another place with --out")
-        s = tokenizer.stride[0]
-        keep = keep_outside(a, size, tokenizer.stride).to(device) if a.box or a.mask else None
-        n0 = 1 + (frames - 1) // s if keep is not None else context if a.video else int(a.img is not None)  # latent frames given
-        if keep is None and 1 + s * (n0 - 1) >= frames:
-            raise Bad(f"--frames {frames}: {1 + s * (n0 - 1)} are given already; ask for more, such as {1 + s * (n0 + 5)}")
-        then = {-(-int(f) // s): [p] * a.n for f, p in a.then}
-        if then and (a.no_cache or keep is not None or not model.config.cuts):
+        keep = keep_outside(a, size, tokenizer.stride).to(device) if edit else None
+        then = {-(-int(f) // s): [p] * a.n for f, p in a.then if f.isdecimal()}
+        if a.then and (a.no_cache or edit or not model.config.cuts):
             raise Bad("--then: it changes what follows the cache; leave out --no-cache, --box and --mask, and sample a causal next-frame model")
-        if len(then) < len(a.then):
-            raise Bad(f"--then: two of the prompts begin in one latent frame, of {s} pixel frames; give frames farther apart")
-        if not all(n0 <= f <= (frames - 1) // s for f in then):
-            raise Bad(f"--then {' '.join(f for f, _ in a.then)}: give a frame that is generated, from {max(0, 1 + s * (n0 - 1))} to {frames - 1}")
+        if len(then) < len(a.then) or not all(n0 <= t <= (frames - 1) // s for t in then):
+            raise Bad(f"--then {' '.join(f for f, _ in a.then)}: give pixel frames that are generated, from {max(0, 1 + s * (n0 - 1))} to {frames - 1}, "
+                      f"no two of them in one latent frame, of {s} pixel frames")
         start = time.time()
         clip = read_clip(source, size, 1 + s * (n0 - 1)) if n0 else np.zeros((1, *size, 3), np.uint8)
         latents = tokenizer.encode(to_float(torch.from_numpy(clip[None])).to(device))[:, :n0].repeat(a.n, 1, 1, 1, 1)
         latents = generate(model, latents, [prompt] * a.n, 1 + (frames - 1) // s, progress=True, then=then, keep=keep, **options)
-        clips = tokenizer.decode(latents)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        clips = [enlarge(to_uint8(c), a.scale) for c in tokenizer.decode(latents)]  # on the CPU: the clock has waited for a GPU
     seconds = time.time() - start
-    clips = [enlarge(to_uint8(c), a.scale) for c in clips]
     for path, clip in zip(paths, clips):
         write_video(path, clip, a.fps)
     write_strip(strip, clips, s)
-    made = latents.shape[1] - (n0 if keep is None else 0)
+    made = latents.shape[1] - (0 if edit else n0)
     print(f"wrote {', '.join(map(str, paths))} and {strip}: {seconds:.1f} s, {seconds / made:.2f} s per latent frame "
           f"({device.type}, {str(dtype)[6:]}, {'with' if options['use_cache'] and model.config.attention == 'causal' else 'without'} cache)")
 

@@ -11,8 +11,6 @@ import argparse
 import json
 import math
 import re
-import sys
-import time
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +24,7 @@ from tqdm import tqdm
 
 from data.files import DATA, Bad, check_options, check_writable, choose_device, choose_dtype, load, parse_numbers, run, save, torchrun, write
 from data.measures import psnr
-from data.video import Folder, Latents, open_data, to_float
+from data.video import Folder, World, to_float
 
 
 # ------------------------------------------------------------------------------------------------------- video
@@ -40,11 +38,9 @@ class Block(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x):
-        y = self.norm(x)  # (batch, frame, row, column, width)
-        before = torch.cat([y[:, :1], y[:, :-1]], 1)  # frame 0 is its own past, so that a still picture stays still
-        k = y.shape[-1] // 4
-        y = torch.cat([before[..., :k], y[..., k:]], -1)  # a quarter of the channels comes from the frame before
-        y = rearrange(self.conv(rearrange(y, "b t h w c -> (b t) c h w")), "(b t) c h w -> b t h w c", b=len(x))
+        past, now = self.norm(x).tensor_split([x.shape[-1] // 4], -1)  # x (batch, frame, row, column, width)
+        past = torch.cat([past[:, :1], past[:, :-1]], 1)  # a quarter comes from the frame before; frame 0 is its own past: a still picture stays still
+        y = rearrange(self.conv(rearrange(torch.cat([past, now], -1), "b t h w c -> (b t) c h w")), "(b t) c h w -> b t h w c", b=len(x))
         return x + self.out(F.gelu(y, approximate="tanh"))
 
 
@@ -61,11 +57,8 @@ class Tokenizer(nn.Module):
         self.settings = dict(stride=tuple(stride), channels=channels, width=width, blocks=blocks)
         self.stride, self.channels = tuple(stride), channels
         patch = 3 * stride[0] * stride[1] * stride[2]
-        self.encoder = nn.Sequential(nn.Linear(patch, width), *[Block(width) for _ in range(blocks)],
-                                     nn.LayerNorm(width), nn.Linear(width, channels))
-        self.normalise = nn.BatchNorm1d(channels, affine=False, momentum=0.01)
-        self.decoder = nn.Sequential(nn.Linear(channels, width), *[Block(width) for _ in range(blocks)],
-                                     nn.LayerNorm(width), nn.Linear(width, patch))
+        net = lambda n, m: nn.Sequential(nn.Linear(n, width), *[Block(width) for _ in range(blocks)], nn.LayerNorm(width), nn.Linear(width, m))
+        self.encoder, self.normalise, self.decoder = net(patch, channels), nn.BatchNorm1d(channels, affine=False, momentum=0.01), net(channels, patch)
 
     def encode(self, video):
         """video (batch, 3, 1 + s*k, H, W) in [-1, 1] -> tokens (batch, 1 + k, H / p, W / q, C), float32, unit variance.
@@ -94,13 +87,10 @@ class Cosmos(nn.Module):
     def __init__(self, folder, device="cpu"):
         super().__init__()
         for name in ("encoder", "decoder"):
-            path = Path(folder) / f"{name}.jit"
-            if not path.is_file():
-                raise Bad(f"{folder}: there is no {name}.jit; give a folder of a Cosmos-Tokenizer with encoder.jit and decoder.jit")
             try:
-                setattr(self, name, torch.jit.load(path, map_location=device).eval())
+                setattr(self, name, torch.jit.load(Path(folder, f"{name}.jit"), map_location=device).eval())
             except Exception as e:
-                raise Bad(f"{path}: not a TorchScript file, or damaged ({type(e).__name__}); download it again") from None
+                raise Bad(f"{folder}: there is no {name}.jit, or it is damaged ({type(e).__name__}); give the folder of a Cosmos-Tokenizer") from None
         self.crc, self.measured = zlib.crc32((Path(folder) / "encoder.jit").read_bytes()), False  # crc: tells one from another
         self.dtype = next((p.dtype for p in self.encoder.parameters()), torch.float32)
         try:
@@ -108,8 +98,7 @@ class Cosmos(nn.Module):
             latents = self.raw(video)
             _, frames, height, width, self.channels = latents.shape
             self.stride = 16 // (frames - 1), 128 // height, 128 // width
-            self.register_buffer("mean", torch.zeros(self.channels, device=device))
-            self.register_buffer("std", torch.ones(self.channels, device=device))
+            self.mean, self.std = latents.new_zeros(self.channels), latents.new_ones(self.channels)
             if self.decode(latents).shape != video.shape:
                 raise ValueError
         except Exception as e:
@@ -169,11 +158,8 @@ class Words(nn.Module):
     def forward(self, captions):
         """list of str -> states (batch, word, dim), mask (batch, word), True at words. Long captions are cut."""
         words = [[zlib.crc32(w.encode()) % self.buckets for w in re.findall(r"\w+", c.lower())][:self.longest] for c in captions]
-        longest = max(1, *map(len, words))
-        ids = torch.full((len(words), -(-longest // 8) * 8), self.buckets)  # in eights: kernels are chosen by shape
-        for row, w in zip(ids, words):
-            row[:len(w)] = torch.tensor(w)
-        ids = ids.to(self.table.weight.device)
+        longest = -(-max(1, *map(len, words)) // 8) * 8  # in eights: kernels are chosen by shape
+        ids = torch.tensor([w + [self.buckets] * (longest - len(w)) for w in words], device=self.table.weight.device)
         x = self.table(ids)
         x = x + self.out(F.gelu(self.around(x.transpose(1, 2)).transpose(1, 2)))
         return x, (ids != self.buckets) | (torch.arange(ids.shape[1], device=ids.device) == 0)  # "" still has one state
@@ -195,29 +181,24 @@ class Pretrained(nn.Module):
         except ImportError:
             raise Bad(f"--text {name} needs the package transformers, 4.56 or newer: pip install -U transformers") from None
         try:
-            self.split = AutoTokenizer.from_pretrained(name)
-            self.hidden = [AutoModel.from_pretrained(name, dtype=dtype).to(device).eval().requires_grad_(False)]  # a list is not saved
-            self.dim = self.one("a").shape[-1]
+            split = AutoTokenizer.from_pretrained(name)
+            net = AutoModel.from_pretrained(name, dtype=dtype).to(device).eval().requires_grad_(False)
+
+            def one(caption):  # net lives in here alone: it is not saved, and not copied for the averaged model
+                ids = split(caption, return_tensors="pt", truncation=True, max_length=self.longest).input_ids
+                ids = ids if ids.shape[1] else torch.zeros(1, 1, dtype=torch.long)  # "" still has one state
+                with torch.no_grad(), torch.autocast(net.device.type, enabled=False):
+                    return net(input_ids=ids.to(net.device)).last_hidden_state[0].cpu()
+            self.device, self.dim, self.one = net.device, one("a").shape[-1], lru_cache(1000)(one)
         except Exception as e:
             raise Bad(f"--text {name}: cannot be loaded, or reads no text ({type(e).__name__}); give a folder or a name on huggingface.co, such as Qwen/Qwen2-1.5B") from None
-        self.one = lru_cache(1000)(self.one)
-
-    def __deepcopy__(self, memo):  # the averaged model reads the same text
-        return self
-
-    def one(self, caption):
-        ids = self.split(caption, return_tensors="pt", truncation=True, max_length=self.longest).input_ids
-        ids = ids if ids.shape[1] else torch.zeros(1, 1, dtype=torch.long)  # "" still has one state
-        with torch.no_grad(), torch.autocast(self.hidden[0].device.type, enabled=False):
-            return self.hidden[0](input_ids=ids.to(self.hidden[0].device)).last_hidden_state[0].cpu()
 
     def forward(self, captions):
         """list of str -> states (batch, token, dim), mask (batch, token), True at tokens. Long captions are cut."""
-        device = self.hidden[0].device
         states = [c.states if hasattr(c, "states") else self.one(c) for c in captions]
         longest = -(-max(map(len, states)) // 8) * 8
         mask = torch.arange(longest) < torch.tensor([[len(s)] for s in states])
-        return torch.stack([F.pad(s, (0, 0, 0, longest - len(s))) for s in states]).float().to(device), mask.to(device)
+        return torch.stack([F.pad(s, (0, 0, 0, longest - len(s))) for s in states]).float().to(self.device), mask.to(self.device)
 
 
 # ------------------------------------------------------------------------------- tokenizers and latents as files
@@ -236,11 +217,9 @@ def unpack(content, path="checkpoint", folder=None, device="cpu"):
         if not (folder and Path(folder).is_dir()):
             raise Bad(f"{path}: it was trained on a Cosmos-Tokenizer; name its folder with --tokenizer")
         tokenizer = Cosmos(folder, device)
-        had, has = (content.get("stride"), content.get("channels")), (tokenizer.stride, tokenizer.channels)
-        if had != has:
-            raise Bad(f"{folder}: its stride and channels are {has}, but {path} was trained on {had}; give the folder it was trained on")
         if content.get("crc") != tokenizer.crc:
-            raise Bad(f"{folder}: its encoder.jit is not the one that {path} was trained on; give the folder it was trained on")
+            raise Bad(f"{folder}: its encoder.jit is not the one that {path} was trained on; give that folder (its stride and channels are "
+                      f"{content.get('stride')}, {content.get('channels')})")
         tokenizer.keep(content["mean"], content["std"])
         return tokenizer
     if folder:
@@ -261,6 +240,7 @@ def open_tokenizer(path, stride, *folders, device="cpu"):
     return path, Cosmos(path, device=device) if path.is_dir() else unpack(load(path, "tokenizer"), path, device=device)
 
 
+@torch.no_grad()
 def encode(folder, out, tokenizer, frames, size, fps, device, text=None, each=256):
     """Latents of the clips below `folder`, once: float16 shards of `each` clips, captions, states of the text.
 
@@ -268,49 +248,40 @@ def encode(folder, out, tokenizer, frames, size, fps, device, text=None, each=25
     check_size(tokenizer.stride, frames, *size)
     source = Folder(folder, fps)
     print(source.about, flush=True)
+    if not any(source.read(j, frames, size, 0.5) for j in range(len(source.clips))):  # reads up to the first that can be used
+        source.nothing()
     rank, ranks = torchrun()
-    shards, plan = range(-(-len(source.clips) // each)), out / "plan.json"
-    weights = zlib.crc32(b"".join(v.numpy().tobytes() for v in pack(tokenizer).get("state", {}).values())) if isinstance(tokenizer, Tokenizer) else tokenizer.crc
+    shards, begun = range(-(-len(source.clips) // each)), out / "tokenizer.pt"
+    weights = tokenizer.crc if isinstance(tokenizer, Cosmos) else zlib.crc32(b"".join(v.numpy().tobytes() for v in pack(tokenizer)["state"].values()))
     meta = {"stride": list(tokenizer.stride), "frames": frames, "size": list(size), "fps": fps, "text": getattr(text, "name", None), "each": each,
             "listed": source.listed, "tokenizer": weights}
-    if plan.exists() and json.loads(plan.read_text()) != meta:
+    if not begun.exists():
+        if isinstance(tokenizer, Cosmos):
+            tokenizer.measure(to_float(source.batch(range(16), frames, size)[0]).to(device))
+        save({"kind": "latents", "tokenizer": pack(tokenizer), "meta": meta}, begun)
+    kept = load(begun, "latents")
+    if kept.get("meta") != meta:
         raise Bad(f"--out {out}: holds latents of other clips, settings or tokenizer; choose another folder, or remove it")
     if isinstance(tokenizer, Cosmos):
-        if plan.exists():
-            kept = load(out / "tokenizer.pt", "latents")["tokenizer"]
-            tokenizer.keep(kept["mean"], kept["std"])
-        else:
-            tokenizer.measure(to_float(source.batch(range(16), frames, size)[0]).to(device))
-    if not plan.exists():
-        save({"kind": "latents", "tokenizer": pack(tokenizer)}, out / "tokenizer.pt")
-        write(plan, lambda part: part.write_text(json.dumps(meta)))
-
-    def put(kind, i, array):
-        write(out / f"{kind}-{i:05d}.npy", lambda part: np.save(part, array))
-
+        tokenizer.keep(kept["tokenizer"]["mean"], kept["tokenizer"]["std"])
     there = lambda i: (out / f"latents-{i:05d}.npy").exists()
+    put = lambda kind, i, array: write(out / f"{kind}-{i:05d}.npy", lambda part: np.save(part, array))
     for i in tqdm([i for i in shards if i % ranks == rank and not there(i)], "shards", disable=rank > 0):
-        latents, captions, states = [], [], []
-        for j in range(i * each, min((i + 1) * each, len(source.clips))):
+        latents, captions = [], []
+        for j in range(len(source.clips))[i * each:(i + 1) * each]:
             if clip := source.read(j, frames, size, 0.5):
-                with torch.no_grad():
-                    latents.append(tokenizer.encode(to_float(torch.from_numpy(clip[0][None])).to(device))[0].cpu().numpy().astype(np.float16))
-                    states.append(text.one(clip[1]).float().numpy().astype(np.float16) if text else np.zeros((1, 1)))
-                captions.append(clip[1].encode())
+                latents.append(tokenizer.encode(to_float(torch.from_numpy(clip[0][None])).to(device))[0].half().cpu().numpy())
+                captions.append(clip[1])
         if text:
-            lengths = np.array([len(s) for s in states], np.int32)
-            put("words", i, lengths)
-            put("text", i, np.stack([np.pad(s, ((0, lengths.max() - len(s)), (0, 0))) for s in states]) if states else np.zeros((0,)))
-        put("captions", i, np.array(captions or [b""]))
-        put("latents", i, np.stack(latents) if latents else np.zeros((0,)))  # last: a shard with it is whole
+            states = [text.one(caption).half() for caption in captions]
+            put("words", i, np.array([len(s) for s in states], np.int32))
+            put("text", i, nn.utils.rnn.pad_sequence(states, batch_first=True).numpy() if states else np.zeros(0))
+        put("captions", i, np.array([caption.encode() for caption in captions]))
+        put("latents", i, np.array(latents))  # last: a shard with it is whole
     if all(map(there, shards)):  # true for the rank that ends last
         clips = [len(np.load(out / f"latents-{i:05d}.npy", mmap_mode="r")) for i in shards]
-        if not sum(clips):
-            for f in (*out.glob("*-[0-9][0-9][0-9][0-9][0-9].npy"), plan, out / "tokenizer.pt"):
-                f.unlink()  # nothing else: --out may hold more
-            source.nothing()
         write(out / "latents.json", lambda part: part.write_text(json.dumps({**meta, "clips": clips})))
-    return source
+    print(f"wrote latents to {out}; skipped {len(source.skipped)} files; python train.py --data {out} trains on them")
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -342,8 +313,8 @@ def main():
     a = options_parser().parse_args()
     check_options(a, steps=(1, math.inf), decoder_steps=(0, math.inf), batch=(1, math.inf), width=(4, math.inf), blocks=(0, math.inf),
                   lr=(1e-9, 1), noise=(0, 10), fps=(0.01, 1000), seed=(0, 2**63 - 1))
-    if a.encode and a.data or not a.encode and (a.tokenizer or a.text):
-        raise Bad("--tokenizer and --text go with --encode, --data with the training of a tokenizer; leave out what does not belong")
+    if a.encode and a.data or not a.encode and (a.tokenizer or a.text) or a.fps and not (a.encode or a.data):
+        raise Bad("--tokenizer and --text go with --encode, --data with the training of a tokenizer, --fps with either; leave out what does not belong")
     device = choose_device(a.device)
     dtype = choose_dtype(a.dtype, device)
     path = a.out / f"tokenizer-{'x'.join(map(str, a.stride))}.pt"
@@ -352,26 +323,21 @@ def main():
     if a.encode:
         a.tokenizer, tokenizer = open_tokenizer(a.tokenizer, a.stride, Path("out"), device=device)
         print(f"tokenizer {a.tokenizer}")
-        source = encode(a.encode, a.out, tokenizer, a.frames, a.size, a.fps, device, a.text and Pretrained(a.text, device, dtype))
-        print(f"wrote latents to {a.out}; skipped {len(source.skipped)} files; python train.py --data {a.out} trains on them")
-        return
+        return encode(a.encode, a.out, tokenizer, a.frames, a.size, a.fps, device, a.text and Pretrained(a.text, device, dtype))
     check_size(a.stride, a.frames, *a.size)
-    source = open_data(a.data, a.fps, a.out)
-    if isinstance(source, Latents):
-        raise Bad(f"--data {a.data}: holds latents; give a folder of clips")
+    source = Folder(a.data, a.fps, a.out) if a.data else World()
     tokenizer = Tokenizer(a.stride, width=a.width, blocks=a.blocks).to(device)
     short, total = min(a.frames, 1 + 2 * a.stride[0]), a.steps + a.decoder_steps
     print(f"tokenizer {path.stem}: {sum(w.numel() for w in tokenizer.parameters()) / 1e6:.1f} M parameters, {a.steps} + {a.decoder_steps} steps "
           f"of {a.batch} clips {a.size[0]}x{a.size[1]}x{short}, {device.type}, {str(dtype)[6:]}", flush=True)
-    held, start = to_float(source.held_out(32, a.frames, a.size)[0].to(device)), time.time()
+    held = to_float(source.held_out(32, a.frames, a.size)[0].to(device))
     bar = tqdm(range(total), mininterval=1)
     for step in bar:
         alone = step >= a.steps  # the decoder is finished on tokens that no longer move
         first, steps, peak = (a.steps, a.decoder_steps, a.lr / 2) if alone else (0, a.steps, a.lr)
         if step == first:
             optimiser = torch.optim.AdamW((tokenizer.decoder if alone else tokenizer).parameters(), peak, betas=(0.9, 0.95), weight_decay=0.01)
-        for group in optimiser.param_groups:
-            group["lr"] = peak * min(1, (step - first + 1) / 100) * (1 - (step - first) / steps)  # warm-up, then down a line
+        optimiser.param_groups[0]["lr"] = peak * min(1, (step - first + 1) / 100) * (1 - (step - first) / steps)  # warm-up, then down a line
         video = to_float(source.batch(range(step * a.batch, (step + 1) * a.batch), short, a.size)[0].to(device))
         tokenizer.normalise.train(not alone)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -389,8 +355,7 @@ def main():
                 tokens = tokenizer.encode(held)
                 score = psnr(tokenizer.decode(tokens), held).mean()
             save(pack(tokenizer), path)
-            minutes = (time.time() - start) / 60
-            bar.write(f"step {step + 1}: held-out PSNR {score:.2f} dB, largest token {tokens.abs().max():.1f}, {minutes:.1f} min", sys.stdout)
+            bar.write(f"step {step + 1}: held-out PSNR {score:.2f} dB, largest token {tokens.abs().max():.1f}, {bar.format_dict['elapsed'] / 60:.1f} min")
         bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     print(f"wrote {path}: {score:.2f} dB mean PSNR over 32 {'' if a.data else 'held-out '}clips {a.size[0]}x{a.size[1]}x{a.frames}")
 

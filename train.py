@@ -6,7 +6,6 @@
 """
 import argparse
 import copy
-import csv
 import math
 import os
 import random
@@ -37,8 +36,7 @@ from tokenizer import Cosmos, Pretrained, Words, check_size, open_tokenizer, pac
 from videomar import PRESETS, VideoMAR
 
 STEPS = {"toy": (1200, 185, 660), "paper": (50000, 50000, 100000)}  # of three stages: 5, 13 and 25 frames
-OPTIMISER = {"toy": "muon", "paper": "adamw"}
-RATE = {"toy": 8e-4, "paper": 1e-4}  # one that suits a small model, and the paper's
+BY_PRESET = {"toy": {"optimiser": "muon", "lr": 8e-4}, "paper": {"optimiser": "adamw", "lr": 1e-4}}  # what suits a small model, and the paper's
 
 
 def options_parser():
@@ -85,32 +83,28 @@ def options_parser():
 
 
 def setup(argv=None):
-    """The arguments, checked; the checkpoint of --resume, the one of --init; tokenizer, clips and device. Raises Bad."""
-    parser, checkpoint = options_parser(), None
+    """The arguments, checked; the checkpoint of --resume or --init, {} without; tokenizer, clips and device. Raises Bad."""
+    parser = options_parser()
     a = parser.parse_args(argv)
-    if a.resume:
-        path = a.out / "ckpt.pt"
-        if not path.exists():
-            raise Bad(f"--resume: there is no {path}; give the --out folder of the run, or start one without --resume")
-        checkpoint = load(path, "videomar")
-        if "optimiser" not in checkpoint:
-            raise Bad(f"--resume: {path} was exported for sampling; continue it with --init {path}")
-        parser.set_defaults(**checkpoint["args"])
-        a = parser.parse_args(argv)
-    init = load(a.init, "videomar") if a.init and not checkpoint else None
-    device = choose_device(a.device)
-    source, had = open_data(a.data, a.fps, a.out), (init or {}).get("tokenizer") or {}
-    if checkpoint:
-        tokenizer, a.tokenizer = unpack(checkpoint["tokenizer"], path, a.tokenizer, device), a.tokenizer or path
-    elif isinstance(source, Latents):
-        path = a.data / "tokenizer.pt"
-        tokenizer, a.tokenizer = unpack(load(path, "latents")["tokenizer"], path, a.tokenizer, device), a.tokenizer or path
-    elif not a.tokenizer and had.get("stride") == a.stride:
-        tokenizer, a.tokenizer = unpack(had, a.init, None, device), a.init  # its weights know these tokens
+    path = a.out / "ckpt.pt" if a.resume else a.init
+    if a.resume and not path.exists():
+        raise Bad(f"--resume: there is no {path}; give the --out folder of the run, or start one without --resume")
+    begun = load(path, "videomar") if path else {}
+    if a.resume and "optimiser" not in begun:
+        raise Bad(f"--resume: {path} was exported for sampling; continue it with --init {path}")
+    parser.set_defaults(**(begun["args"] if a.resume else BY_PRESET[a.preset]))
+    a = parser.parse_args(argv)
+    a.init, device = path, choose_device(a.device)
+    source, holder, had = open_data(a.data, a.fps, a.out), path, begun.get("tokenizer") or {}
+    if isinstance(source, Latents) and not a.resume:
+        holder = a.data / "tokenizer.pt"
+        had = load(holder, "latents")["tokenizer"]
+    if a.resume or isinstance(source, Latents) or not a.tokenizer and had.get("stride") == a.stride:  # the weights know these tokens
+        tokenizer, a.tokenizer = unpack(had, holder, a.tokenizer, device), a.tokenizer or holder
     else:
         a.tokenizer, tokenizer = open_tokenizer(a.tokenizer, a.stride, a.out, Path("out"), device=device)
         if isinstance(tokenizer, Cosmos) and tokenizer.crc == had.get("crc"):
-            tokenizer.keep(had["mean"], had["std"])  # as its weights know them
+            tokenizer.keep(had["mean"], had["std"])  # as the weights know them
     if tokenizer.stride != a.stride and not isinstance(tokenizer, Cosmos) and not isinstance(source, Latents):
         raise Bad(f"{a.tokenizer}: its stride is {'x'.join(map(str, tokenizer.stride))}; give --stride that, or another tokenizer")
     a.stride = tokenizer.stride
@@ -126,8 +120,8 @@ def setup(argv=None):
         check_size(a.stride, frames, *a.size)
         if frames <= a.stride[0]:
             raise Bad(f"--frames {frames}: at least {1 + a.stride[0]} are needed, the given picture and one latent frame")
-    if checkpoint and source.listed != checkpoint["args"].get("listed"):
-        raise Bad(f"--data {a.data}: other clips than when {a.out / 'ckpt.pt'} was written; give it those, or start from it with --init and another --out")
+    if a.resume and source.listed != begun["args"].get("listed"):
+        raise Bad(f"--data {a.data}: other clips than when {path} was written; give it those, or start from it with --init and another --out")
     a.listed = source.listed
     check_options(a, batch=(1, math.inf), accumulate=(1, math.inf), lr=(1e-9, 1), warmup=(1, math.inf), decay=(0, 1), ema=(0, 0.999999),
                   noise=(0, 10), first=(0, 1), workers=(0, 256), gpus=(1, math.inf), rate=(1, math.inf), fps=(0.01, 1000),
@@ -142,19 +136,15 @@ def setup(argv=None):
     if a.tensorboard:
         need("tensorboard", "--tensorboard")
     _, ranks = torchrun()
-    if checkpoint:  # the parts of a step are what its draws belong to: other ranks, the same parts
-        a.accumulate = max(1, checkpoint["args"]["parts"] // ranks)
-        if a.optimiser != checkpoint["args"]["optimiser"]:
-            raise Bad(f"--resume: {a.out / 'ckpt.pt'} was trained with --optimiser {checkpoint['args']['optimiser']}; leave it so")
-    a.parts = ranks * a.accumulate
-    parts = checkpoint["args"]["parts"] if checkpoint else a.parts
-    if a.batch % a.parts or a.parts != parts:
-        raise Bad(f"--batch {a.batch} in {parts} parts: {ranks} ranks cannot share it evenly; ranks x accumulate must "
-                  + ("divide it" if a.parts == parts else f"be {parts} again"))
-    a.lr, a.optimiser = a.lr or RATE[a.preset], a.optimiser or OPTIMISER[a.preset]
+    if a.resume and a.optimiser != begun["args"]["optimiser"]:
+        raise Bad(f"--resume: {path} was trained with --optimiser {begun['args']['optimiser']}; leave it so")
+    a.parts = begun["args"]["parts"] if a.resume else ranks * a.accumulate  # a step's draws belong to them: other ranks, the same parts
+    a.accumulate = a.parts // ranks
+    if a.batch % a.parts or a.parts % ranks:
+        raise Bad(f"--batch {a.batch} in {a.parts} parts: {ranks} ranks cannot share it evenly; ranks x accumulate must divide it, after --resume too")
     if a.shard and (ranks == 1 or a.optimiser == "muon"):
         raise Bad("--shard: " + ("start it with torchrun on several ranks" if ranks == 1 else "Muon needs whole matrices; give --optimiser adamw"))
-    return a, checkpoint, init, tokenizer, source, device
+    return a, begun, tokenizer, source, device
 
 
 def part_of_batch(a, source, step, part, parts, frames, turn=0, whole=None):
@@ -177,22 +167,24 @@ def state_bytes(model, a):
 
 
 def show_plan(a, config):
-    """--plan: FLOPs, memory and days, from the configuration alone. Memory of activations is an estimate."""
+    """Model and stages, and FLOPs from the configuration alone; with --plan memory, of activations an estimate, and days, too."""
     with torch.device("meta"):
         model = VideoMAR(config, None if a.text else Words(config.text_dim))
-    count, state = sum(p.numel() for p in model.parameters()), state_bytes(model, a)
+    print(f"model      {a.preset}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {config.attention} attention, "
+          f"{config.loss} loss, {config.position} positions" + (f", weights from {a.init}" if a.init else ""))
     total, n = 0, (a.size[0] // a.stride[1]) * (a.size[1] // a.stride[2])
-    print(f"model      {count / 1e9:.3f} B parameters; a latent frame is {n} tokens")
-    for frames, steps in zip(a.frames, a.steps):
+    for i, (frames, steps) in enumerate(zip(a.frames, a.steps)):
         t = 1 + (frames - 1) // a.stride[0]
-        passed = [14 * config.dim**2 * n * (i + 1) + config.dim * n * n * (i + 1) * (i + 2) for i in range(1, t)]  # of a layer, cut after i
+        passed = [14 * config.dim**2 * n * (j + 1) + config.dim * n * n * (j + 1) * (j + 2) for j in range(1, t)]  # of a layer, cut after j
         passed = passed if config.cuts else [14 * config.dim**2 * n * t + 2 * config.dim * (n * t)**2]
         head = sum(p.numel() for p in model.head.parameters()) * 0.86 * n * config.diffusion_repeats  # the mean mask ratio is 0.86
         flops = 6 * a.batch * (config.layers * sum(passed) / len(passed) + head)  # a product and a sum, forward and twice as much backward
         total += steps * flops
-        print(f"{frames:4d} frames  {t} latent, {t * n} tokens a clip, {a.batch * n * ((t + 2) / 2 if config.cuts else t):.0f} a step of {a.batch} clips, "
-              f"{flops:.3g} FLOPs a step, {steps} steps")
-    clips, tokens = a.batch / a.gpus / a.accumulate, n * max(1 + (f - 1) // a.stride[0] for f in a.frames)
+        print(f"stage {i + 1}    {frames} frames = {t} latent frames of {n} tokens, {steps} steps of {a.batch} clips, "
+              f"about {a.batch * n * ((t + 2) / 2 if config.cuts else t):.0f} tokens and {flops:.3g} FLOPs a step")
+    if not a.plan:
+        return
+    clips, tokens, state = a.batch / a.gpus / a.accumulate, n * max(1 + (f - 1) // a.stride[0] for f in a.frames), state_bytes(model, a)
     for shard, recompute in ((False, False), (False, True), (True, False), (True, True)):
         kept = clips * tokens * config.dim * (4 * config.layers + 60 if recompute else 60 * config.layers)  # bytes: bfloat16, float32 residuals
         fixed = state / (a.gpus if shard else 1)
@@ -240,7 +232,7 @@ def whole(state):
 
 def main():
     # ---------------------------------------------------------------------------------------------------- plan
-    a, checkpoint, init, tokenizer, source, device = setup()
+    a, begun, tokenizer, source, device = setup()
     config = replace(PRESETS[a.preset], attention=a.attention, loss=a.loss, position=a.position, channels=tokenizer.channels)
     if a.plan:
         return show_plan(a, config)
@@ -268,36 +260,34 @@ def main():
 
     # --------------------------------------------------------------------------------------------------- model
     torch.manual_seed(a.seed)
-    if checkpoint or a.init:
-        path = a.out / "ckpt.pt" if checkpoint else a.init
-        model = load_model(path, device, checkpoint or init, dtype, a.text, tokenizer)[0].train()
+    if begun:
+        model = load_model(a.init, device, begun, dtype, a.text, tokenizer)[0].train()
         for name in ("layers", "dim", "channels", "attention", "loss", "position"):
             had, wanted = getattr(model.config, name), getattr(config, name)
             if had != wanted:
-                raise Bad(f"{path}: its model has {name} {had}, not {wanted}; give the --preset, --attention, --loss and --position it was trained with")
+                raise Bad(f"{a.init}: its model has {name} {had}, not {wanted}; give the --preset, --attention, --loss and --position it was trained with")
         config = model.config
     else:
         text = Pretrained(a.text, device, dtype) if a.text else Words(config.text_dim)
         config = replace(config, text_dim=text.dim)
         model = VideoMAR(config, text).to(device)
-    ema, step, resumed = copy.deepcopy(model).requires_grad_(False), 0, checkpoint is not None
-    if checkpoint:  # `ema` is the copy of the averaged weights
-        model.load_state_dict(checkpoint["model"])
+    ema, step = copy.deepcopy(model).requires_grad_(False), 0
+    if a.resume:  # `ema` is the copy of the averaged weights
+        model.load_state_dict(begun["model"])
     if a.shard:
         shard(model, device, world_size)
         shard(ema, device, world_size)
     optimisers = make_optimisers(model, a.optimiser, a.lr, device.type in ("cuda", "cpu") and not a.shard)
-    if checkpoint:
-        for optimiser, state in zip(optimisers, checkpoint["optimiser"]):
+    if a.resume:
+        for optimiser, state in zip(optimisers, begun["optimiser"]):
             params = [p for g in optimiser.param_groups for p in g["params"]]
             for i, values in state["state"].items():
                 values.update({k: distribute_tensor(v, params[i].device_mesh, params[i].placements) for k, v in values.items() if a.shard and v.dim()})
             optimiser.load_state_dict(state)
-        step = checkpoint["step"]
-    checkpoint = init = None  # they may be large
+        step = begun["step"]
+    begun = None  # it may be large
     if a.compile:
-        from torch._dynamo import config as dynamo
-        dynamo.recompile_limit = 64  # a graph for every frame t
+        torch._dynamo.config.recompile_limit = 64  # a graph for every frame t
         for module in (*model.blocks, model.head):
             module.compile()
     model.recompute = a.recompute
@@ -307,35 +297,23 @@ def main():
     args = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in vars(a).items() if k not in this_time}  # what --resume remembers
 
     def save_to(path, **state):
-        save({"kind": "videomar", "config": asdict(config), "settings": {"frames": a.frames, "size": a.size},
-              "tokenizer": packed, "text": getattr(model.text, "name", None), "step": step, **state}, path)
-
-    def checkpoint_now():
-        state = whole({"model": model.state_dict(), "ema": ema.state_dict(), "optimiser": [o.state_dict() for o in optimisers]})
+        state = whole(state)
         if rank == 0:
-            save_to(a.out / "ckpt.pt", **state, args=args)
+            save({"kind": "videomar", "config": asdict(config), "settings": {"frames": a.frames, "size": a.size},
+                  "tokenizer": packed, "text": getattr(model.text, "name", None), "step": step, **state}, path)
 
     a.out.mkdir(parents=True, exist_ok=True)
-    if rank == 0 and not resumed and (a.out / "ckpt.pt").exists():
+    if rank == 0 and not a.resume and (a.out / "ckpt.pt").exists():
         os.replace(a.out / "ckpt.pt", a.out / "ckpt-before.pt")
         say(f"kept       the checkpoint that was there, as {a.out / 'ckpt-before.pt'}")
 
     # -------------------------------------------------------------------------------------------------- stages
     ends = [sum(a.steps[:i + 1]) for i in range(len(a.steps))]
-    n = (a.size[0] // a.stride[1]) * (a.size[1] // a.stride[2])
-    say(f"model      {a.preset}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {config.attention} attention, "
-        f"{config.loss} loss, {config.position} positions" + (f", weights from {a.init}" if a.init and not resumed else ""))
+    if rank == 0:
+        show_plan(a, config)
     say(f"tokenizer  {a.tokenizer}, stride {'x'.join(map(str, a.stride))}, {tokenizer.channels} channels")
     say(f"data       {source.about}, seed {a.seed}, {a.size[0]}x{a.size[1]}, batch {a.batch} = {world_size} ranks x {a.accumulate} x {a.batch // a.parts}")
-    for i, (frames, steps) in enumerate(zip(a.frames, a.steps)):
-        t = 1 + (frames - 1) // a.stride[0]
-        say(f"stage {i + 1}    {frames} frames = {t} latent frames of {n} tokens, {steps} steps of "
-            + (f"about {a.batch * n * (t + 2) // 2} tokens" if config.cuts else f"{a.batch * n * t} tokens"))
     say(f"run        steps {step} to {ends[-1]}, lr {a.lr:g}, {device}, {a.dtype}; checkpoint {a.out / 'ckpt.pt'}", flush=True)
-    writer = None
-    if a.tensorboard and rank == 0:
-        from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(a.out)
 
     def show(stage):
         """A film strip of held-out clips (or some of --data), truth above, sample below; and their mean PSNR."""
@@ -351,15 +329,17 @@ def main():
         return f"{psnr(clips[:, :, 1:], truth[:, :, 1:]).mean():.2f} dB on 4 {'held-out ' * (a.data is None)}clips, see {path}"
 
     # ---------------------------------------------------------------------------------------------------- loop
-    stop, halt = [], False
+    stop, halt = [], 0
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, frame: stop.append(number))
     if rank == 0:
-        path, head = a.out / "log.csv", ["step", "stage", "t", "loss", "lr", "seconds"]
-        old = list(csv.reader(path.read_text().splitlines())) if resumed and path.exists() else []
-        log = path.open("w", newline="", buffering=1)  # line by line
-        rows = csv.writer(log)  # the loss is of rank 0's share
-        rows.writerows([head, *(r for r in old if len(r) == len(head) and r[0].isdigit() and int(r[0]) <= step)])
+        path = a.out / "log.csv"
+        old = [line.split(",") for line in path.read_text().splitlines()[1:]] if a.resume and path.exists() else []
+        log = path.open("w", buffering=1)  # line by line; the loss is of rank 0's share
+        print("step,stage,t,loss,lr,seconds", *(",".join(row) for row in old if len(row) == 6 and int(row[0]) <= step), sep="\n", file=log)
+        if a.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(a.out)
     # t and the stage are functions of (seed, step): every rank works on frames of the same number
     stage_of = lambda step: next(i for i, end in enumerate(ends) if step < end)
 
@@ -411,34 +391,30 @@ def main():
         with torch.no_grad():  # at the start the average spans the last thirtieth of the steps so far
             local = lambda net: [p.to_local() if a.shard else p for p in net.parameters()]
             torch._foreach_lerp_(local(ema), local(model), 1 - min(a.ema, 1 - 30 / (step + 30)))
-        halt = bool(stop)  # read once a step, since a signal may come at any moment
-        if world_size > 1:  # all ranks stop after the same step
-            flag = torch.tensor(float(halt), device=device)
-            dist.all_reduce(flag)
-            halt = bool(flag)
+        halt = torch.tensor(len(stop), device=device)  # read once a step, since a signal may come at any moment
+        if world_size > 1:
+            dist.all_reduce(halt)  # all ranks stop after the same step
         if rank == 0:
             seconds = time.time() - start
-            rows.writerow([step, stage + 1, t, f"{total.item():.5f}", f"{rate_at(a, step - 1):.3g}", f"{seconds:.1f}"])
-            if writer:
+            print(step, stage + 1, t, f"{total.item():.5f}", f"{rate_at(a, step - 1):.3g}", f"{seconds:.1f}", sep=",", file=log)
+            if a.tensorboard:
                 writer.add_scalar("loss", total, step)
             bar.update()
-            tokens = a.batch * n * (t + 1 if config.cuts else 1 + (a.frames[stage] - 1) // a.stride[0]) / (time.time() - tick)
+            tokens = a.parts * latents[..., 0].numel() / (time.time() - tick)
             bar.set_postfix(stage=stage + 1, loss=f"{total.item():.3f}", lr=f"{rate_at(a, step - 1):.1e}", tok_s=f"{tokens:.0f}", refresh=False)
         if step % a.save_every == 0 or step in ends or halt:
-            checkpoint_now()
+            save_to(a.out / "ckpt.pt", model=model.state_dict(), ema=ema.state_dict(), optimiser=[o.state_dict() for o in optimisers], args=args)
         if step in ends and rank == 0:  # no rank holds the whole of a sharded model, to sample from
             bar.write(f"stage {stage + 1} done after {(time.time() - start) / 60:.1f} min" + ("" if a.shard else f": {show(stage)}"), sys.stdout)
     bar.close()
-    exported = whole(ema.state_dict()) if a.export else {}
+    if a.export and step == ends[-1]:
+        save_to(a.export, ema={k: v.half() for k, v in ema.state_dict().items()})
     if world_size > 1:
         del learner  # it holds the group, whose end waits for a thread that may wait for Python's lock
         dist.destroy_process_group()
-    if halt and step < ends[-1]:
+    if step < ends[-1]:
         say(f"stopped after step {step}, saved; go on with: python train.py --resume --out {a.out}")
         sys.exit(130)
-    if a.export and rank == 0:
-        save_to(a.export, ema={k: v.half() for k, v in exported.items()})
-    pool.shutdown()
     if source.skipped:
         say(f"skipped {len(source.skipped)} files of --data that could not be used")
     minutes = (time.time() - start) / 60

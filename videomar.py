@@ -67,20 +67,14 @@ def grid_positions(start, frames, h, w, device=None):
     return torch.cartesian_prod(t, y, x).float()
 
 
-def axis_dims(dim):
-    """A head's channels for t, y and x: a quarter and twice three eighths; 64 is 16 + 24 + 24 (ours)."""
-    space = 2 * (dim * 3 // 16)
-    return dim - 2 * space, space, space
-
-
 def rope_angles(positions, dim, base, top=1.0):
     """3D-RoPE (paper 4.3): the angles by which pairs of channels turn -> (tokens, dim / 2).
 
     The fastest pair of an axis turns by `top` radians a token. Each axis has channels of its own, so the product of a
     turned query and a turned key depends on the three offsets.
     """
-    angles = []
-    for p, d in zip(positions.unbind(-1), axis_dims(dim)):
+    angles, space = [], 2 * (dim * 3 // 16)  # three eighths of the channels for y, as many for x, the rest for t: of 64, 24 + 24 + 16 (ours)
+    for p, d in zip(positions.unbind(-1), (dim - 2 * space, space, space)):
         frequencies = top * base ** (-torch.arange(0, d, 2, device=p.device) / d)
         angles.append(p[:, None] * frequencies)
     return torch.cat(angles, -1)
@@ -116,8 +110,8 @@ class Cache:
     """Self-attention's keys (already turned) and values of the finished frames, per layer, in buffers allocated once
     (paper 4.3).
 
-    The slot after the finished frames belongs to the frame in the making: each step overwrites it in place, and `finish`
-    keeps it. Guidance doubles the batch: the branch with the caption and the one with the null text have a half of the
+    The slot after the finished frames belongs to the frame in the making: each step overwrites it in place, until `generate`
+    moves `length` behind it. Guidance doubles the batch: the branch with the caption and the one with the null text have a half of the
     buffers each, since above the first block the keys depend on the text that was read below.
     """
 
@@ -132,10 +126,6 @@ class Cache:
         self.buffer[layer, 0, :, :, self.length:end] = k
         self.buffer[layer, 1, :, :, self.length:end] = v
         return self.buffer[layer, 0, :, :, :end], self.buffer[layer, 1, :, :, :end]
-
-    def finish(self, tokens):
-        """What was written last, of so many tokens, is kept."""
-        self.length += tokens
 
 
 def attend(q, k, v, mask=None):
@@ -423,12 +413,10 @@ def unmask_counts(n, steps):
     At least one each; with more steps than tokens the list is shorter than `steps`. It sums to n.
     """
     counts, left = [], n
-    for i in range(steps):
-        stay = min(math.floor(n * math.cos(math.pi / 2 * (i + 1) / steps)), left - 1) if i < steps - 1 else 0
+    while left:
+        stay = max(0, min(math.floor(n * math.cos(math.pi / 2 * (len(counts) + 1) / steps)), left - 1))  # the last cosine may round below 0
         counts.append(left - stay)
         left = stay
-        if not left:
-            break
     return counts
 
 

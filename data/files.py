@@ -4,8 +4,8 @@ import importlib.util
 import math
 import os
 import re
-import shutil
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -59,27 +59,20 @@ def need(package, what):
 
 
 def write(path, save):
-    """Calls save(a temporary name of the same ending), then renames: whatever happens, `path` is an old or a new whole file
+    """Calls save(a temporary path of the same name), then moves it: whatever happens, `path` is an old or a new whole file
     (or folder of pictures). Raises Bad."""
     path = Path(path)
     if path.is_dir() and any(f.suffix != ".png" or not f.stem.isdigit() for f in path.iterdir()):
         raise Bad(f"{path}: a folder with other things in it; choose another place with --out")
-    part = path.with_name(f".{os.environ.get('RANK', 0)}-{os.getpid()}.part-{path.name}")
-    old = part.with_name(f"{part.name}-old")  # a folder cannot be replaced while it holds something
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save(part)
-        if path.is_dir():
-            os.replace(path, old)
-        os.replace(part, path)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException as e:  # a full disk (RuntimeError of torch's), more pixels than the format can hold, Ctrl-C
-        if part.is_dir():
-            shutil.rmtree(part)
-        elif path.parent.is_dir():
-            part.unlink(missing_ok=True)
-        if not isinstance(e, Exception):
-            raise
+        with tempfile.TemporaryDirectory(prefix=".new.part-", dir=path.parent, ignore_cleanup_errors=True) as room:  # goes after Ctrl-C, too
+            part = Path(room, path.name)
+            save(part)
+            if path.is_dir():  # a folder cannot be replaced while it holds something
+                os.replace(path, f"{part}-old")
+            os.replace(part, path)
+    except Exception as e:  # a full disk (RuntimeError of torch's), more pixels than the format can hold
         raise Bad(f"{path}: cannot write it ({getattr(e, 'strerror', None) or e}); choose a place with room with --out, or a smaller --scale") from None
 
 
@@ -89,18 +82,16 @@ def save(what, path):
 
 def load(path, kind):
     """A file of ours as a dict of tensors and plain values; weights_only, so nothing in it is ever executed."""
-    path = Path(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch, about files that are refused anyway
+        with warnings.catch_warnings(action="ignore"):  # of torch, about files that are refused anyway
             content = torch.load(path, map_location="cpu", weights_only=True)
+        if content["kind"] != kind:
+            raise ValueError
+        return content
     except FileNotFoundError:
         raise Bad(f"{path}: no such file; give a {kind} written by this code") from None
     except Exception as e:
         raise Bad(f"{path}: not a {kind} of ours, or damaged ({type(e).__name__}); give one written by this code") from None
-    if not isinstance(content, dict) or content.get("kind") != kind:
-        raise Bad(f"{path}: not a {kind}; give one written by this code")
-    return content
 
 
 def choose_device(name):

@@ -10,13 +10,14 @@ import re
 import sys
 import warnings
 import zlib
+from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence
 from tqdm import tqdm
 
 from data import world
@@ -68,10 +69,9 @@ def timeline(path):
         return np.array(at) - at[0], at[-1] - at[0] + float(1 / (stream.average_rate or 25))
     with Image.open(path) as image:
         spans = []
-        for i in range(getattr(image, "n_frames", 1)):
-            image.seek(i)
-            image.load()  # a WebP tells the duration only then
-            spans.append((image.info.get("duration") or 100) / 1000)
+        for frame in ImageSequence.Iterator(image):
+            frame.load()  # a WebP tells the duration only then
+            spans.append((frame.info.get("duration") or 100) / 1000)
     return np.cumsum([0, *spans[:-1]]), sum(spans)
 
 
@@ -133,25 +133,20 @@ def read_clip(path, size, frames=1, fps=None, u=0.0, whole=None):
 
 
 # ---------------------------------------------------------------------------------------------- clips to train on
-def draw(seeds, frames, size, held_out=False, turn=0):
-    """Clips of the drawn world -> video uint8 (batch, frames, H, W, 3), captions. turn: see world.clip."""
-    clips, captions = zip(*(world.clip(s, frames, *size, held_out, turn) for s in seeds))
-    return torch.from_numpy(np.stack(clips)), list(captions)
-
-
 class World:
     """What the training loop asks of clips: `batch`, a function of the seeds: the first frames of clips that have `whole`;
     `held_out`, some for the film strips; `about`, a line for the plan; what was `skipped`; `listed`, by which --resume
     knows the clips again. Here of the drawn world."""
 
-    def __init__(self):
-        self.about, self.skipped, self.listed = "drawn world", {}, None
+    about, skipped, listed = "drawn world", {}, None
 
-    def batch(self, seeds, frames, size, turn=0, whole=None):
-        return draw(seeds, frames, size, turn=turn)
+    def batch(self, seeds, frames, size, turn=0, whole=None, held_out=False):
+        """-> video uint8 (batch, frames, H, W, 3), captions. turn, held_out: see world.clip."""
+        clips, captions = zip(*(world.clip(s, frames, *size, held_out, turn) for s in seeds))
+        return torch.from_numpy(np.stack(clips)), list(captions)
 
     def held_out(self, count, frames, size):
-        return draw(range(count), frames, size, held_out=True)
+        return self.batch(range(count), frames, size, held_out=True)
 
 
 class Folder:
@@ -170,23 +165,20 @@ class Folder:
             alone = not names and Path(parent) != folder and any(Path(n).suffix.lower() in STILLS for n in files)
             for path in [Path(parent)] if alone else [Path(parent, n) for n in names]:
                 note = path.parent / f"{path.name if path.is_dir() else path.stem}.txt"
-                text = told.get(str(path.relative_to(folder)))
-                self.clips.append((path, text if text is not None else note.read_text(errors="replace").strip() if note.is_file() else ""))
+                said = note.read_text(errors="replace").strip() if note.is_file() else ""
+                self.clips.append((path, told.get(str(path.relative_to(folder)), said)))
         self.listed = zlib.crc32(repr([(str(p.relative_to(folder)), c) for p, c in self.clips]).encode(errors="replace"))
         if not self.clips:
             raise Bad(f"{folder}: no clips in it; looked for {', '.join(VIDEOS + MOVING)} and folders of pictures")
         if any(path.suffix.lower() in VIDEOS for path, _ in self.clips):
             need("av", f"--data {folder}")
-        some = self.clips[:100]
-        frames = round(sum(map(self.count, some)) * len(self.clips) / len(some))
+        counts = []
+        for path, _ in self.clips[:100]:
+            with suppress(Exception):  # told when it is to be read
+                counts.append(len(timeline(path)[0]))
+        frames = round(sum(counts) * len(self.clips) / min(100, len(self.clips)))
         about, captions = "about " * (len(self.clips) > 100), sum(bool(c) for _, c in self.clips)
         self.about = f"{folder}: {len(self.clips)} clips, {about}{frames} frames, {captions} captions"
-
-    def count(self, clip):
-        try:
-            return len(timeline(clip[0])[0])
-        except Exception:  # told when it is to be read
-            return 0
 
     def read(self, i, frames, size, u, whole=None):
         """Clip i and its caption, or None if it cannot be used."""
@@ -260,7 +252,7 @@ class Latents:
 
 def open_data(path, fps=None, out=None):
     """--data: None, a folder of clips (without what is in `out`), or one of latents -> World, Folder or Latents. Raises Bad."""
-    latents = path and any((path / name).exists() for name in ("latents.json", "plan.json"))
+    latents = path and any((path / name).exists() for name in ("latents.json", "tokenizer.pt"))
     if fps and (latents or not path):
         raise Bad(f"--fps {fps:g}: it says how a folder of clips is read, here are none; leave it out")
     return World() if not path else Latents(path) if latents else Folder(path, fps, out)
@@ -290,7 +282,6 @@ def write_video(path, video, fps):
     """uint8 (frames, H, W, 3) as .gif, .webp, .png (animated), .mp4 (needs av), or without an ending a folder."""
     first, *rest = map(Image.fromarray, video)
     least = 20 if path.suffix == ".gif" else 1  # ms: a faster GIF is shown slower
-    options = dict(save_all=True, append_images=rest, duration=max(least, 1000 / fps), loop=0)
 
     def save(part):
         if path.suffix == "":
@@ -300,11 +291,10 @@ def write_video(path, video, fps):
         elif path.suffix == ".mp4":
             av = need("av", path)
             with av.open(str(part), "w") as out:
-                stream = out.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-                stream.width, stream.height, stream.pix_fmt = video.shape[2], video.shape[1], "yuv420p"
+                stream = out.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), width=video.shape[2], height=video.shape[1], pix_fmt="yuv420p")
                 for frame in video:
                     out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
                 out.mux(stream.encode())
         else:
-            first.save(part, **options, **({"lossless": True} if path.suffix == ".webp" else {}))
+            first.save(part, save_all=True, append_images=rest, duration=max(least, 1000 / fps), loop=0, lossless=True)  # lossless: of a WebP
     write(path, save)

@@ -26,7 +26,7 @@ import videomar  # noqa: E402
 from data.files import check_options, choose_device, choose_dtype, parse_numbers, run  # noqa: E402
 from sample import generate  # noqa: E402
 from tokenizer import Words, check_size  # noqa: E402
-from train import OPTIMISER, make_optimisers, muon_parameters  # noqa: E402
+from train import BY_PRESET, make_optimisers, muon_parameters  # noqa: E402
 from videomar import PRESETS, Cache, Diffusion, VideoMAR, rope_angles, unmask_counts  # noqa: E402
 
 CAPTION = "a red cat moves left quickly and a blue star grows on a green background"
@@ -170,7 +170,7 @@ def bench_sample(a, model, device, grid, frames):
 def bench_train(a, model, device, grid, frames):
     c, n, batch = model.config, grid[0] * grid[1], a.batch or 4
     x, captions = torch.randn(batch, frames, *grid, c.channels, device=device), [CAPTION] * batch
-    optimisers = make_optimisers(model, OPTIMISER[a.preset], 1e-5, device.type in ("cuda", "cpu"))
+    optimisers = make_optimisers(model, BY_PRESET[a.preset]["optimiser"], 1e-5, device.type in ("cuda", "cpu"))
     short = videomar.frame_causal_attention
 
     def step(t, cut):
@@ -186,7 +186,7 @@ def bench_train(a, model, device, grid, frames):
     *cut_s, full_s = in_turn([*(lambda t=t: step(t, True) for t in ts), lambda: step(frames // 2, False)], device, a.repeats)  # the full one is alike for all t
     videomar.frame_causal_attention = short
     cut_s = sum(cut_s) / len(ts)
-    full, cut = (sum(train_flops(c, n, frames, t, batch, how) for t in ts) / len(ts) + muon_flops(model, OPTIMISER[a.preset]) for how in (False, True))
+    full, cut = (sum(train_flops(c, n, frames, t, batch, how) for t in ts) / len(ts) + muon_flops(model, BY_PRESET[a.preset]["optimiser"]) for how in (False, True))
     peak = matmul_peak(device, a.dtype)
     tokens = batch * n * (frames + 2) / 2
     print(f"{'mean of t = 1 ... T - 1':34}{'s a step':>10}{'TFLOP':>8}{'TFLOP/s':>9}{'of peak':>9}{'tokens/s':>10}")

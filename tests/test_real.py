@@ -12,7 +12,7 @@ from torch import nn
 import train
 from data import world
 from data.files import Bad
-from data.video import draw, to_float, write_video
+from data.video import World, to_float, write_video
 from tokenizer import Cosmos, Pretrained, encode, unpack
 
 
@@ -68,7 +68,7 @@ def test_latents_of_two_cosmos_tokenizers_are_not_mixed(folder):
 def test_cosmos_is_probed_measured_and_causal(folder, stride, bare):
     cosmos = Cosmos(make_cosmos(folder / "cosmos", stride, bare))
     assert cosmos.stride == stride and cosmos.channels == 16 and cosmos.dtype == torch.bfloat16
-    video = to_float(draw(range(4), 17, (32, 48))[0])
+    video = to_float(World().batch(range(4), 17, (32, 48))[0])
     cosmos.measure(video)
     x = cosmos.encode(video)
     assert x.shape == (4, 1 + 16 // stride[0], 32 // stride[1], 48 // stride[2], 16) and x.dtype == torch.float32

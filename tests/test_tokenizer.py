@@ -7,7 +7,7 @@ from conftest import ROOT, tiny_tokenizer
 from data import measures, world
 from data.files import DATA, Bad, load
 from data.measures import psnr
-from data.video import draw, to_float
+from data.video import World, to_float
 from tokenizer import Words, check_size, pack, unpack
 
 
@@ -45,10 +45,10 @@ def test_a_still_clip_has_the_same_tokens_in_every_frame():
 @pytest.mark.parametrize("stride, size, frames, least", [("4x8x8", (64, 64), 25, 32.0), ("8x16x16", (128, 192), 49, 29.0)])
 def test_shipped_tokenizers(stride, size, frames, least):
     tokenizer = unpack(load(DATA / f"tokenizer-{stride}.pt", "tokenizer"))
-    video = to_float(draw(range(8), frames, size, held_out=True)[0])
+    video = to_float(World().batch(range(8), frames, size, held_out=True)[0])
     tokens = tokenizer.encode(video)
     assert psnr(tokenizer.decode(tokens), video).mean() > least - 0.5  # 8 clips here, 32 in the README
-    flat = tokenizer.encode(to_float(draw(range(128), 1, size)[0])).flatten(0, 3)
+    flat = tokenizer.encode(to_float(World().batch(range(128), 1, size)[0])).flatten(0, 3)
     assert flat.mean(0).abs().max() < 0.35 and (flat.std(0) - 1).abs().max() < 0.35  # unit variance per channel
     assert flat.abs().max() < 6
 

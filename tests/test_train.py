@@ -221,7 +221,7 @@ def test_the_plan_agrees_with_a_run(folder, monkeypatch, tiny_files, capsys):
         assert "days on 4 GPUs" in out
     a, *_ = train.setup(["--preset", "paper", "--size", "256x256", "--frames", "25", "--steps", "1", "--batch", "8"])
     train.show_plan(a, videomar.PRESETS["paper"])
-    flops = float(re.search(r"clips, (\S+) FLOPs a step", capsys.readouterr().out)[1])
+    flops = float(re.search(r"and (\S+) FLOPs a step", capsys.readouterr().out)[1])
     assert flops == pytest.approx(sum(bench.train_flops(videomar.PRESETS["paper"], 1024, 7, t, 8, True) for t in range(1, 7)) / 6, rel=0.05)
 
 
