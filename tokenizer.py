@@ -41,7 +41,7 @@ class Block(nn.Module):
         past, now = self.norm(x).tensor_split([x.shape[-1] // 4], -1)  # x (batch, frame, row, column, width)
         past = torch.cat([past[:, :1], past[:, :-1]], 1)  # a quarter comes from the frame before; frame 0 is its own past: a still picture stays still
         y = rearrange(self.conv(rearrange(torch.cat([past, now], -1), "b t h w c -> (b t) c h w")), "(b t) c h w -> b t h w c", b=len(x))
-        return x + self.out(F.gelu(y, approximate="tanh"))
+        return x + self.out(F.gelu(y))
 
 
 class Tokenizer(nn.Module):

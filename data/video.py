@@ -261,7 +261,7 @@ def open_data(path, fps=None, out=None):
 # ------------------------------------------------------------------------------------------------------ writing
 def to_float(video):
     """uint8 (batch, frames, H, W, 3) -> (batch, 3, frames, H, W) in [-1, 1]."""
-    return video.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    return video.permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1)  # in place: the largest tensors of a step
 
 
 def to_uint8(video):
