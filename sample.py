@@ -221,6 +221,10 @@ def many(a, model, tokenizer, frames, size, options, device, batch=8):
         print("\n".join(map(str, failed.values())), file=sys.stderr)
 
 
+def temperature(text):
+    return text if text == "progressive" else float(text)
+
+
 def options_parser():
     p = argparse.ArgumentParser(description="Make a video of a picture, or continue a clip. Defaults come from the checkpoint.")
     p.add_argument("--img", type=Path, help="the first frame; a bare name is also looked up in data/ (cat.png)")
@@ -236,7 +240,7 @@ def options_parser():
     p.add_argument("--diffusion-steps", type=int, help="diffusion steps a token")
     p.add_argument("--cfg", type=float, help="guidance, 1 is none")
     p.add_argument("--cfg-schedule", choices=("linear", "constant"), default="linear")
-    p.add_argument("--temperature", type=lambda s: s if s == "progressive" else float(s), metavar="progressive|NUMBER", help="of all frames")
+    p.add_argument("--temperature", type=temperature, metavar="progressive|NUMBER", help="progressive, or one number for all frames")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--n", type=int, default=1, help="clips, in one batch")
     p.add_argument("--no-cache", action="store_true", help="recompute all earlier frames at every step: same clip, slower")
@@ -269,7 +273,7 @@ def check(a):
         raise Bad("--context: it counts the latent frames that are given of a clip; give it with --video or --eval, without --box and --mask")
     endings = ("",) if a.prompts else (".gif", ".webp", ".png", ".mp4", "")
     if a.out and a.out.suffix not in endings:
-        raise Bad(f"--out {a.out}: its ending must be {', '.join(e or 'none, for a folder' for e in endings)}")
+        raise Bad(f"--out {a.out}: its ending must be {', '.join(e or 'none (a folder)' for e in endings)}")
     if a.prompts or a.out and a.out.suffix == ".mp4":
         need("av", "writing .mp4")
     check_writable(a.out or Path("out/x"))

@@ -248,10 +248,9 @@ def encode(folder, out, tokenizer, frames, size, fps, device, text=None, each=25
     check_size(tokenizer.stride, frames, *size)
     source = Folder(folder, fps)
     print(source.about, flush=True)
-    if not any(source.read(j, frames, size, 0.5) for j in range(len(source.clips))):  # reads up to the first that can be used
-        source.nothing()
+    source.held_out(1, frames, size)  # raises Bad now if no clip can be used
     rank, ranks = torchrun()
-    shards, begun = range(-(-len(source.clips) // each)), out / "tokenizer.pt"
+    shards, begun = range(-(-len(source.clips) // each)), out / "latents.pt"
     weights = tokenizer.crc if isinstance(tokenizer, Cosmos) else zlib.crc32(b"".join(v.numpy().tobytes() for v in pack(tokenizer)["state"].values()))
     meta = {"stride": list(tokenizer.stride), "frames": frames, "size": list(size), "fps": fps, "text": getattr(text, "name", None), "each": each,
             "listed": source.listed, "tokenizer": weights}
@@ -314,7 +313,7 @@ def main():
     check_options(a, steps=(1, math.inf), decoder_steps=(0, math.inf), batch=(1, math.inf), width=(4, math.inf), blocks=(0, math.inf),
                   lr=(1e-9, 1), noise=(0, 10), fps=(0.01, 1000), seed=(0, 2**63 - 1))
     if a.encode and a.data or not a.encode and (a.tokenizer or a.text) or a.fps and not (a.encode or a.data):
-        raise Bad("--tokenizer and --text go with --encode, --data with the training of a tokenizer, --fps with either; leave out what does not belong")
+        raise Bad("--tokenizer and --text go with --encode, --data with the training of a tokenizer, --fps with a folder of clips; leave out what does not belong")
     device = choose_device(a.device)
     dtype = choose_dtype(a.dtype, device)
     path = a.out / f"tokenizer-{'x'.join(map(str, a.stride))}.pt"

@@ -94,12 +94,12 @@ def setup(argv=None):
         raise Bad(f"--resume: {path} was exported for sampling; continue it with --init {path}")
     parser.set_defaults(**(begun["args"] if a.resume else BY_PRESET[a.preset]))
     a = parser.parse_args(argv)
-    a.init, device = path, choose_device(a.device)
+    a.init, a.text, device = path, a.text or begun.get("text"), choose_device(a.device)
     source, holder, had = open_data(a.data, a.fps, a.out), path, begun.get("tokenizer") or {}
     if isinstance(source, Latents) and not a.resume:
-        holder = a.data / "tokenizer.pt"
+        holder = a.data / "latents.pt"
         had = load(holder, "latents")["tokenizer"]
-    if a.resume or isinstance(source, Latents) or not a.tokenizer and had.get("stride") == a.stride:  # the weights know these tokens
+    if a.resume or isinstance(source, Latents) or not a.tokenizer and had.get("stride") == a.stride:  # what weights or latents were made with
         tokenizer, a.tokenizer = unpack(had, holder, a.tokenizer, device), a.tokenizer or holder
     else:
         a.tokenizer, tokenizer = open_tokenizer(a.tokenizer, a.stride, a.out, Path("out"), device=device)
@@ -141,7 +141,8 @@ def setup(argv=None):
     a.parts = begun["args"]["parts"] if a.resume else ranks * a.accumulate  # a step's draws belong to them: other ranks, the same parts
     a.accumulate = a.parts // ranks
     if a.batch % a.parts or a.parts % ranks:
-        raise Bad(f"--batch {a.batch} in {a.parts} parts: {ranks} ranks cannot share it evenly; ranks x accumulate must divide it, after --resume too")
+        raise Bad(f"--batch {a.batch} in {a.parts} parts: {ranks} ranks cannot share it evenly; "
+                  + ("the ranks must divide the parts, which stay after --resume" if a.resume else "ranks x accumulate must divide it"))
     if a.shard and (ranks == 1 or a.optimiser == "muon"):
         raise Bad("--shard: " + ("start it with torchrun on several ranks" if ranks == 1 else "Muon needs whole matrices; give --optimiser adamw"))
     return a, begun, tokenizer, source, device
@@ -184,10 +185,10 @@ def show_plan(a, config):
               f"about {a.batch * n * ((t + 2) / 2 if config.cuts else t):.0f} tokens and {flops:.3g} FLOPs a step")
     if not a.plan:
         return
-    clips, tokens, state = a.batch / a.gpus / a.accumulate, n * max(1 + (f - 1) // a.stride[0] for f in a.frames), state_bytes(model, a)
+    clips, tokens = a.batch / a.gpus / a.accumulate, n * max(1 + (f - 1) // a.stride[0] for f in a.frames)
     for shard, recompute in ((False, False), (False, True), (True, False), (True, True)):
         kept = clips * tokens * config.dim * (4 * config.layers + 60 if recompute else 60 * config.layers)  # bytes: bfloat16, float32 residuals
-        fixed = state / (a.gpus if shard else 1)
+        fixed = state_bytes(model, a) / (a.gpus if shard else 1)
         print(f"memory     {fixed / 2**30:8.2f} GiB of parameters, gradients and state + about {kept / 2**30:.2f} of activations a GPU"
               + ", --shard" * shard + ", --recompute" * recompute)
     print(f"time       {total:.3g} FLOPs: {total / a.gpus / a.rate / 86400:.3g} days on {a.gpus} GPUs at {a.rate:.3g} FLOP/s each")
@@ -285,7 +286,7 @@ def main():
                 values.update({k: distribute_tensor(v, params[i].device_mesh, params[i].placements) for k, v in values.items() if a.shard and v.dim()})
             optimiser.load_state_dict(state)
         step = begun["step"]
-    begun = None  # it may be large
+    begun = state = values = None  # they may be large
     if a.compile:
         torch._dynamo.config.recompile_limit = 64  # a graph for every frame t
         for module in (*model.blocks, model.head):
@@ -334,9 +335,10 @@ def main():
         signal.signal(s, lambda number, frame: stop.append(number))
     if rank == 0:
         path = a.out / "log.csv"
-        old = [line.split(",") for line in path.read_text().splitlines()[1:]] if a.resume and path.exists() else []
+        old = path.read_text().splitlines() if a.resume and path.exists() else []
+        old = [row for row in old if row.count(",") == 5 and row.split(",")[0].isdecimal() and int(row.split(",")[0]) <= step]
         log = path.open("w", buffering=1)  # line by line; the loss is of rank 0's share
-        print("step,stage,t,loss,lr,seconds", *(",".join(row) for row in old if len(row) == 6 and int(row[0]) <= step), sep="\n", file=log)
+        print("step,stage,t,loss,lr,seconds", *old, sep="\n", file=log)
         if a.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(a.out)
@@ -405,7 +407,7 @@ def main():
         if step % a.save_every == 0 or step in ends or halt:
             save_to(a.out / "ckpt.pt", model=model.state_dict(), ema=ema.state_dict(), optimiser=[o.state_dict() for o in optimisers], args=args)
         if step in ends and rank == 0:  # no rank holds the whole of a sharded model, to sample from
-            bar.write(f"stage {stage + 1} done after {(time.time() - start) / 60:.1f} min" + ("" if a.shard else f": {show(stage)}"), sys.stdout)
+            bar.write(f"stage {stage + 1} done after {(time.time() - start) / 60:.1f} min" + ("" if a.shard else f": {show(stage)}"))
     bar.close()
     if a.export and step == ends[-1]:
         save_to(a.export, ema={k: v.half() for k, v in ema.state_dict().items()})

@@ -70,10 +70,10 @@ def grid_positions(start, frames, h, w, device=None):
 def rope_angles(positions, dim, base, top=1.0):
     """3D-RoPE (paper 4.3): the angles by which pairs of channels turn -> (tokens, dim / 2).
 
-    The fastest pair of an axis turns by `top` radians a token. Each axis has channels of its own, so the product of a
-    turned query and a turned key depends on the three offsets.
+    The fastest pair of an axis turns by `top` radians a token. Each axis has channels of its own, three eighths are y's, as
+    many x's, the rest t's (of 64: 24, 24, 16; ours), so the product of a turned query and a turned key depends on the three offsets.
     """
-    angles, space = [], 2 * (dim * 3 // 16)  # three eighths of the channels for y, as many for x, the rest for t: of 64, 24 + 24 + 16 (ours)
+    angles, space = [], 2 * (dim * 3 // 16)
     for p, d in zip(positions.unbind(-1), (dim - 2 * space, space, space)):
         frequencies = top * base ** (-torch.arange(0, d, 2, device=p.device) / d)
         angles.append(p[:, None] * frequencies)

@@ -4,6 +4,7 @@ import importlib.util
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
 import warnings
@@ -66,12 +67,13 @@ def write(path, save):
         raise Bad(f"{path}: a folder with other things in it; choose another place with --out")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".new.part-", dir=path.parent, ignore_cleanup_errors=True) as room:  # goes after Ctrl-C, too
-            part = Path(room, path.name)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent, ignore_cleanup_errors=True) as room:  # goes after Ctrl-C, too
+            part, old = Path(room, path.name), Path(f"{room}-old")
             save(part)
             if path.is_dir():  # a folder cannot be replaced while it holds something
-                os.replace(path, f"{part}-old")
+                os.replace(path, old)
             os.replace(part, path)
+        shutil.rmtree(old, ignore_errors=True)
     except Exception as e:  # a full disk (RuntimeError of torch's), more pixels than the format can hold
         raise Bad(f"{path}: cannot write it ({getattr(e, 'strerror', None) or e}); choose a place with room with --out, or a smaller --scale") from None
 
@@ -85,13 +87,13 @@ def load(path, kind):
     try:
         with warnings.catch_warnings(action="ignore"):  # of torch, about files that are refused anyway
             content = torch.load(path, map_location="cpu", weights_only=True)
-        if content["kind"] != kind:
-            raise ValueError
-        return content
     except FileNotFoundError:
         raise Bad(f"{path}: no such file; give a {kind} written by this code") from None
     except Exception as e:
         raise Bad(f"{path}: not a {kind} of ours, or damaged ({type(e).__name__}); give one written by this code") from None
+    if not isinstance(content, dict) or content.get("kind") != kind:
+        raise Bad(f"{path}: not a {kind}; give one written by this code")
+    return content
 
 
 def choose_device(name):

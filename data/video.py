@@ -160,7 +160,7 @@ class Folder:
         table = folder / "metadata.csv"
         told = {r["file_name"]: r["text"] for r in read_csv(table, "file_name", "text")} if table.is_file() else {}
         for parent, folders, files in os.walk(folder):
-            folders[:] = sorted(f for f in folders if not out or Path(parent, f).resolve() != out.resolve())  # no film strips
+            folders[:] = sorted(f for f in folders if f[0] != "." and (not out or Path(parent, f).resolve() != out.resolve()))  # no film strips
             names = sorted(n for n in files if Path(n).suffix.lower() in VIDEOS + MOVING)
             alone = not names and Path(parent) != folder and any(Path(n).suffix.lower() in STILLS for n in files)
             for path in [Path(parent)] if alone else [Path(parent, n) for n in names]:
@@ -252,7 +252,7 @@ class Latents:
 
 def open_data(path, fps=None, out=None):
     """--data: None, a folder of clips (without what is in `out`), or one of latents -> World, Folder or Latents. Raises Bad."""
-    latents = path and any((path / name).exists() for name in ("latents.json", "tokenizer.pt"))
+    latents = path and any((path / name).exists() for name in ("latents.json", "latents.pt"))
     if fps and (latents or not path):
         raise Bad(f"--fps {fps:g}: it says how a folder of clips is read, here are none; leave it out")
     return World() if not path else Latents(path) if latents else Folder(path, fps, out)

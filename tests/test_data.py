@@ -200,7 +200,7 @@ def test_encode_takes_the_tokenizer_just_trained(folder, monkeypatch, capsys, ti
     tokenizer.save(torch.load(tiny_files / "tokenizer.pt", weights_only=True), "out/tokenizer-4x8x8.pt")
     code, out, err = call(monkeypatch, capsys, *args, module=tokenizer)
     assert code == 0 and "tokenizer out/tokenizer-4x8x8.pt" in out, err
-    kept = torch.load("latents/tokenizer.pt", weights_only=True)["tokenizer"]
+    kept = torch.load("latents/latents.pt", weights_only=True)["tokenizer"]
     assert same(kept["state"], torch.load("out/tokenizer-4x8x8.pt", weights_only=True)["state"])
 
 

@@ -88,6 +88,12 @@ def test_rope_scores_depend_on_offsets_only(axis):
     assert abs(score(p, r) - score(p + shift, r)) > 1e-3
 
 
+def test_rope_gives_each_axis_its_channels():
+    """Of 64 16 to t, 24 to y, 24 to x, in this order."""
+    angles = rope_angles(torch.eye(3), 64, 100.0, 2.5)  # one step along t, y, x
+    assert [row.nonzero()[:, 0].tolist() for row in angles] == [list(range(8)), list(range(8, 20)), list(range(20, 32))]
+
+
 @torch.no_grad()
 def test_rope_is_the_only_position_code():
     """Shifted in time as a whole, a clip has the same hidden states; with the absolute code it has others."""

@@ -53,15 +53,15 @@ def test_latents_of_two_cosmos_tokenizers_are_not_mixed(folder):
         write_video(folder / f"clips/{i}.gif", world.clip(i, 9, 16, 16)[0], 12)
     encode(folder / "clips", folder / "latents", Cosmos(make_cosmos(folder / "cosmos")), 9, (16, 16), None, "cpu", each=2)
     os.remove("latents/latents-00001.npy")
-    before, kept = (folder / "latents/tokenizer.pt").read_bytes(), np.load("latents/latents-00000.npy")
+    before, kept = (folder / "latents/latents.pt").read_bytes(), np.load("latents/latents-00000.npy")
     with pytest.raises(Bad, match="other clips, settings or tokenizer"):
         encode(folder / "clips", folder / "latents", Cosmos(make_cosmos(folder / "other", seed=1)), 9, (16, 16), None, "cpu", each=2)
     again = Cosmos(folder / "cosmos")
     again.measure = None  # is not called
     encode(folder / "clips", folder / "latents", again, 9, (16, 16), None, "cpu", each=2)
-    assert (folder / "latents/tokenizer.pt").read_bytes() == before and (np.load("latents/latents-00000.npy") == kept).all()
+    assert (folder / "latents/latents.pt").read_bytes() == before and (np.load("latents/latents-00000.npy") == kept).all()
     with pytest.raises(Bad, match="not the one that latents was trained on"):
-        unpack(torch.load("latents/tokenizer.pt", weights_only=True)["tokenizer"], "latents", folder / "other")
+        unpack(torch.load("latents/latents.pt", weights_only=True)["tokenizer"], "latents", folder / "other")
 
 
 @pytest.mark.parametrize("stride, bare", [((4, 8, 8), False), ((8, 16, 16), True)])
@@ -135,6 +135,8 @@ def test_training_and_sampling_on_qwen(folder, monkeypatch, capsys, tiny_files):
     assert run_train(monkeypatch, *args, "--text", "qwen") == 0
     content = torch.load("out/ckpt.pt", weights_only=True)
     assert content["text"] == "qwen" and content["config"]["text_dim"] == 32 and not any(k.startswith("text.") for k in content["model"])
+    assert run_train(monkeypatch, *args, "--init", "out/ckpt.pt", "--out", "more") == 0  # reads the same text, and plans with it
+    assert torch.load("more/ckpt.pt", weights_only=True)["args"]["text"] == "qwen"
     code, _, err = call(monkeypatch, capsys, "--img", "cat.png", "--prompt", "a red cat", "--out", "a.png")
     assert code == 0, err
     code, _, err = call(monkeypatch, capsys, "--img", "cat.png", "--text", "nowhere/at-all")
