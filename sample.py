@@ -5,7 +5,6 @@
     python sample.py --prompt "a red cat moves left quickly on a blue background"     from text alone (ours, paper section 6)
     python sample.py --eval 64                              held-out clips of the drawn world against their true future
 """
-import argparse
 import json
 import math
 import os
@@ -19,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from data import measures, world
-from data.files import DATA, Bad, check_options, check_writable, choose_device, choose_dtype, load, need, parse_numbers, run, torchrun
+from data.files import DATA, Bad, Parser, check_options, check_writable, choose_device, choose_dtype, load, need, parse_numbers, run, torchrun
 from data.video import World, enlarge, find, read_clip, read_csv, to_float, to_uint8, write_strip, write_video
 from tokenizer import Pretrained, Words, check_size, unpack
 from videomar import Cache, Config, Diffusion, VideoMAR, progressive_temperature, unmask_counts
@@ -221,12 +220,12 @@ def many(a, model, tokenizer, frames, size, options, device, batch=8):
         print("\n".join(map(str, failed.values())), file=sys.stderr)
 
 
-def temperature(text):
+def progressive_or_number(text):
     return text if text == "progressive" else float(text)
 
 
 def options_parser():
-    p = argparse.ArgumentParser(description="Make a video of a picture, or continue a clip. Defaults come from the checkpoint.")
+    p = Parser(description="Make a video of a picture, or continue a clip. Defaults come from the checkpoint.")
     p.add_argument("--img", type=Path, help="the first frame; a bare name is also looked up in data/ (cat.png)")
     p.add_argument("--video", type=Path, help="continue this clip (.gif, .webp, .png, .mp4 or a folder) instead of a picture")
     p.add_argument("--context", type=int, help="latent frames that are given, of --video (2) or with --eval (1)")
@@ -240,7 +239,7 @@ def options_parser():
     p.add_argument("--diffusion-steps", type=int, help="diffusion steps a token")
     p.add_argument("--cfg", type=float, help="guidance, 1 is none")
     p.add_argument("--cfg-schedule", choices=("linear", "constant"), default="linear")
-    p.add_argument("--temperature", type=temperature, metavar="progressive|NUMBER", help="progressive, or one number for all frames")
+    p.add_argument("--temperature", type=progressive_or_number, help="progressive, or one number for all frames")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--n", type=int, default=1, help="clips, in one batch")
     p.add_argument("--no-cache", action="store_true", help="recompute all earlier frames at every step: same clip, slower")

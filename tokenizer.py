@@ -7,7 +7,6 @@ is a module that maps captions to states and a mask. Whatever offers these can s
     python tokenizer.py --stride 8x16x16 --size 128x192 --frames 49 --width 256  the stronger one of the second
     python tokenizer.py --encode DIR --out LATENTS                               your clips, once: train.py --data LATENTS
 """
-import argparse
 import json
 import math
 import re
@@ -22,7 +21,7 @@ from einops import rearrange
 from torch import nn
 from tqdm import tqdm
 
-from data.files import DATA, Bad, check_options, check_writable, choose_device, choose_dtype, load, parse_numbers, run, save, torchrun, write
+from data.files import DATA, Bad, Parser, check_options, check_writable, choose_device, choose_dtype, load, parse_numbers, run, save, torchrun, write
 from data.measures import psnr
 from data.video import Folder, World, to_float
 
@@ -285,7 +284,7 @@ def encode(folder, out, tokenizer, frames, size, fps, device, text=None, each=25
 
 # ---------------------------------------------------------------------------------------------------- training
 def options_parser():
-    p = argparse.ArgumentParser(description="Train the video tokenizer, or encode clips with one")
+    p = Parser(description="Train the video tokenizer, or encode clips with one")
     p.add_argument("--data", type=Path, help="folder of clips to train on (the drawn world)")
     p.add_argument("--encode", type=Path, help="write the latents of the clips in this folder to --out, for train.py --data")
     p.add_argument("--tokenizer", type=Path, help="that encodes: a file of this script, or the folder of a Cosmos-Tokenizer")

@@ -4,7 +4,6 @@
     python train.py --frames 49 --size 128x192 --stride 8x16x16 --init out/ckpt.pt    a resolution stage (paper 4.2)
     torchrun --standalone --nproc_per_node=2 train.py --frames 5,13,25                on two GPUs
 """
-import argparse
 import copy
 import math
 import os
@@ -28,7 +27,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from data.files import Bad, check_options, check_writable, choose_device, choose_dtype, load, need, parse_numbers, run, save, torchrun
+from data.files import Bad, Parser, check_options, check_writable, choose_device, choose_dtype, load, need, parse_numbers, run, save, torchrun
 from data.measures import psnr
 from data.video import Latents, open_data, to_float, to_uint8, write_strip
 from sample import generate, load_model
@@ -40,7 +39,7 @@ BY_PRESET = {"toy": {"optimiser": "muon", "lr": 8e-4}, "paper": {"optimiser": "a
 
 
 def options_parser():
-    p = argparse.ArgumentParser(description="Train VideoMAR on the drawn world, or on your own clips")
+    p = Parser(description="Train VideoMAR on the drawn world, or on your own clips")
     several = lambda text: parse_numbers(text, "5,13,25")
     p.add_argument("--frames", type=several, default=(5, 13, 25), help="pixel frames of each stage (5,13,25)")
     p.add_argument("--steps", type=several, help="one number for all stages, or one per stage")

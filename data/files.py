@@ -19,6 +19,13 @@ class Bad(Exception):
     """Bad input: one line that names the thing, what is wrong and what would be right."""
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, but a wrong option is one line, too."""
+
+    def error(self, message):
+        raise Bad(f"{message}; --help lists what there is")
+
+
 def run(main):
     """Runs a script's main: bad input, a full disk or too little memory is one line on stderr and exit code 2."""
     try:

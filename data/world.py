@@ -5,7 +5,6 @@ rates, so that the first picture and the caption determine every later frame. Le
 
     python data/world.py            writes a few clips as GIF + .txt into out/world
 """
-import argparse
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -171,8 +170,8 @@ def clip(seed, frames=25, height=64, width=64, held_out=False, turn=0):
 
 
 def options_parser():
-    from data.files import parse_numbers
-    p = argparse.ArgumentParser(description="Write a few clips of the drawn world as GIF + .txt")
+    from data.files import Parser, parse_numbers
+    p = Parser(description="Write a few clips of the drawn world as GIF + .txt")
     p.add_argument("--n", type=int, default=4)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--frames", type=int, default=49)
