@@ -134,7 +134,7 @@ def check_size(stride, frames, height, width):
     if frames < 1 or (frames - 1) % s:
         low = 1 + max(0, (frames - 1) // s) * s
         raise Bad(f"{frames} frames: with temporal stride {s} it must be 1 + a multiple of {s}, such as {low} or {low + s}")
-    if height < p or width < q or height % p or width % q:
+    if height % p or width % q:
         near = [max(d, round(v / d) * d) for v, d in ((height, p), (width, q))]
         raise Bad(f"size {height}x{width}: stride {p}x{q} must divide it, such as {near[0]}x{near[1]}")
     if frames * height * width > 2**30:
