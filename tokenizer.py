@@ -247,7 +247,8 @@ def encode(folder, out, tokenizer, frames, size, fps, device, text=None, each=25
     check_size(tokenizer.stride, frames, *size)
     source = Folder(folder, fps)
     print(source.about, flush=True)
-    source.held_out(1, frames, size)  # raises Bad now if no clip can be used
+    if not any(source.read(j, frames, size, 0.5) for j in range(len(source.clips))):  # reads up to the first that can be used
+        source.nothing()
     rank, ranks = torchrun()
     shards, begun = range(-(-len(source.clips) // each)), out / "latents.pt"
     weights = tokenizer.crc if isinstance(tokenizer, Cosmos) else zlib.crc32(b"".join(v.numpy().tobytes() for v in pack(tokenizer)["state"].values()))

@@ -70,8 +70,9 @@ def grid_positions(start, frames, h, w, device=None):
 def rope_angles(positions, dim, base, top=1.0):
     """3D-RoPE (paper 4.3): the angles by which pairs of channels turn -> (tokens, dim / 2).
 
-    The fastest pair of an axis turns by `top` radians a token. Each axis has channels of its own, three eighths are y's, as
-    many x's, the rest t's (of 64: 24, 24, 16; ours), so the product of a turned query and a turned key depends on the three offsets.
+    The fastest pair of an axis turns by `top` radians a token. Each axis has channels of its own, first t's, then three
+    eighths of all for y and as many for x (of 64: 16, 24, 24; ours), so the product of a turned query and a turned key
+    depends on the three offsets.
     """
     angles, space = [], 2 * (dim * 3 // 16)
     for p, d in zip(positions.unbind(-1), (dim - 2 * space, space, space)):
@@ -111,8 +112,8 @@ class Cache:
     (paper 4.3).
 
     The slot after the finished frames belongs to the frame in the making: each step overwrites it in place, until `generate`
-    moves `length` behind it. Guidance doubles the batch: the branch with the caption and the one with the null text have a half of the
-    buffers each, since above the first block the keys depend on the text that was read below.
+    moves `length` behind it. Guidance doubles the batch: the branch with the caption and the one with the null text have a
+    half of the buffers each, since above the first block the keys depend on the text that was read below.
     """
 
     def __init__(self, config, batch, tokens, device=None, dtype=None):

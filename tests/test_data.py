@@ -3,6 +3,7 @@ import csv
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -57,6 +58,8 @@ def test_a_folder_of_clips(folder, capsys):
     starts = {next(i for i in range(5) if abs(clip[0].astype(int) - truth[caption][i]).mean() < 3)
               for clip, caption in zip(source.batch(range(60), 5, SIZE)[0].numpy(), source.batch(range(60), 5, SIZE)[1]) if "clip" and np.ptp(truth[caption], 0).any()}
     assert len(starts) > 2  # clips start anywhere
+    shutil.copytree(folder / "clips", folder / "clips/.part-1")  # what a kill while writing leaves is no clip
+    assert Folder(folder / "clips").listed == source.listed
 
 
 def test_frame_rate_and_crop(folder):
@@ -202,6 +205,16 @@ def test_encode_takes_the_tokenizer_just_trained(folder, monkeypatch, capsys, ti
     assert code == 0 and "tokenizer out/tokenizer-4x8x8.pt" in out, err
     kept = torch.load("latents/latents.pt", weights_only=True)["tokenizer"]
     assert same(kept["state"], torch.load("out/tokenizer-4x8x8.pt", weights_only=True)["state"])
+
+
+def test_encode_of_a_clip_that_is_damaged_where_it_is_read(folder):
+    """In its middle alone: elsewhere a draw could be taken from it. Nothing is begun."""
+    write_video(folder / "clips/a", world.clip(0, 9, *SIZE)[0], 12)
+    (folder / "clips/a/0006.png").write_bytes(b"not a picture")
+    assert Folder(folder / "clips").held_out(1, 5, SIZE)[0].shape[1] == 5
+    with pytest.raises(Bad, match="none of its 1 clips"):
+        tokenizer.encode(folder / "clips", folder / "latents", tiny_tokenizer(), 5, SIZE, None, "cpu")
+    assert not (folder / "latents").exists()
 
 
 def test_latents_once(folder, monkeypatch, tiny_files, capsys):
