@@ -23,25 +23,22 @@ from torch.utils.checkpoint import checkpoint
 # ---------------------------------------------------------------------------------------------- configuration
 @dataclass
 class Config:
+    """The model and its loss. The defaults are the paper's."""
+
     layers: int = 36
     dim: int = 1536
-    heads: int = 24
+    heads: int = 24  # of attention
     channels: int = 16  # C, of a token
-    head_layers: int = 3  # the diffusion MLP, paper 5.1
-    head_dim: int = 1280
     text_dim: int = 1536  # width of the text encoder's states
+    diffusion_layers: int = 3  # of the diffusion MLP, paper 5.1
+    diffusion_dim: int = 1280
     rope_top: float = 2.5  # the fastest rotation, radians a token (ours)
     rope_base: float = 100.0  # by whose powers the others are slower (ours)
-    diffusion_steps: int = 1000  # paper 5.1
-    diffusion_repeats: int = 4  # noise draws for every masked token, MAR
+    timesteps: int = 1000  # of the diffusion in training, paper 5.1
+    noise_draws: int = 4  # for every masked token in a training step, MAR
     snr_clip: float = math.inf  # of the loss's weights, see Diffusion.loss
-    clamp: float = 4.0  # of the predicted x_0 while sampling, in standard deviations of a token (ours)
-    text_drop: float = 0.1  # for classifier-free guidance, MAR
+    text_drop: float = 0.1  # share of captions replaced by the null, for classifier-free guidance, MAR
     mask_ratio: tuple = (1.0, 0.25, 0.7, 1.0)  # truncated normal: mean, std, low, high (paper 5.1, MAR)
-    unmask_steps: int = 64  # while sampling: steps a frame, diffusion steps a token, guidance (paper 5.1)
-    sample_steps: int = 100
-    cfg: float = 3.0
-    temperature: str | float = "progressive"  # paper App. B, or one number for all frames
     # The ablations of paper Table 4 and Appendix A. The defaults are VideoMAR.
     attention: str = "causal"  # or "full"
     loss: str = "next-frame"  # or "total-mask"
@@ -53,67 +50,94 @@ class Config:
         return self.attention == "causal" and self.loss == "next-frame"
 
 
+@dataclass
+class Sampling:
+    """How `generate` in sample.py draws a clip. The defaults are the paper's; a checkpoint has its own."""
+
+    unmask_steps: int = 64  # a latent frame (paper 5.1)
+    diffusion_steps: int = 100  # a token (paper 5.1)
+    cfg: float = 3.0  # guidance on the noise, 1 is none (paper 5.1)
+    cfg_schedule: str = "linear"  # rises from 1 with the share of tokens revealed (MAR), or "constant"
+    temperature: str | float = "progressive"  # paper App. B, or one number for all frames
+    clamp: float = 4.0  # of the predicted x_0, in standard deviations of a token (ours)
+
+
+# Sizes of a model, how train.py trains it, steps of a stage of the curriculum by its pixel frames, how it is sampled.
+# "paper" is the paper's first resolution; its steps are not told.
 PRESETS = {
-    # Sampled colder and with less guidance: in the drawn world picture and caption leave one future, see the README.
-    "toy": Config(layers=6, dim=192, heads=6, head_dim=256, text_dim=128, snr_clip=1.0, unmask_steps=6, sample_steps=15, cfg=1.5, temperature=0.0),
-    "paper": Config(),
+    "toy": {
+        "model": Config(layers=6, dim=192, heads=6, text_dim=128, diffusion_dim=256, snr_clip=1.0),
+        "training": dict(size=(64, 64), frames=(5, 13, 25), batch=16, optimiser="muon", lr=8e-4),
+        "steps": {5: 1200, 13: 185, 25: 660},
+        "sampling": dict(unmask_steps=6, diffusion_steps=15),
+    },
+    "paper": {
+        "model": Config(),
+        "training": dict(size=(256, 256), frames=(5, 13, 25), batch=64, optimiser="adamw", lr=1e-4, noise=0, frame0=0),
+        "steps": {5: 50000, 13: 50000, 25: 100000},
+        "sampling": dict(cfg=3.0, temperature="progressive"),
+    },
 }
 
 
 # --------------------------------------------------------------------------------------------------- positions
 def grid_positions(start, frames, h, w, device=None):
-    """Positions (t, y, x) of the tokens of `frames` latent frames from frame `start` on -> (frames*h*w, 3)."""
-    t, y, x = torch.arange(start, start + frames, device=device), torch.arange(h, device=device), torch.arange(w, device=device)
+    """Positions (t, y, x) of the tokens of `frames` latent frames, the first with number `start` -> (frames*h*w, 3)."""
+    t = torch.arange(start, start + frames, device=device)
+    y, x = torch.arange(h, device=device), torch.arange(w, device=device)
     return torch.cartesian_prod(t, y, x).float()
 
 
 def rope_angles(positions, dim, base, top=1.0):
-    """3D-RoPE (paper 4.3): the angles by which pairs of channels turn -> (tokens, dim / 2).
+    """3D-RoPE (paper 4.3): positions (tokens, 3) -> the angles by which pairs of channels rotate (tokens, dim / 2).
 
-    The fastest pair of an axis turns by `top` radians a token. Each axis has channels of its own, first t's, then three
-    eighths of all for y and as many for x (of 64: 16, 24, 24; ours), so the product of a turned query and a turned key
-    depends on the three offsets.
+    The fastest pair of an axis rotates by `top` radians a token. Each axis has channels of its own: t's come first,
+    then three eighths of all for y, and as many for x (of 64: 16, 24, 24; ours). So the product of a rotated query and
+    a rotated key depends on their three offsets alone.
     """
-    angles, space = [], 2 * (dim * 3 // 16)
-    for p, d in zip(positions.unbind(-1), (dim - 2 * space, space, space)):
-        frequencies = top * base ** (-torch.arange(0, d, 2, device=p.device) / d)
-        angles.append(p[:, None] * frequencies)
+    space = 2 * (dim * 3 // 16)
+    angles = []
+    for place, d in zip(positions.unbind(-1), (dim - 2 * space, space, space)):
+        frequencies = top * base ** (-torch.arange(0, d, 2, device=place.device) / d)
+        angles.append(place[:, None] * frequencies)
     return torch.cat(angles, -1)
 
 
 def rotate(x, cos, sin):
-    """Turns channel pairs (i, i + dim/2) of x (batch, head, token, dim) by the angles of `rope_angles`."""
-    (a, b), cos, sin = x.chunk(2, -1), cos.to(x.dtype), sin.to(x.dtype)
+    """Rotates channel pairs (i, i + dim/2) of x (batch, head, token, dim) by the angles of `rope_angles`."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
 def look_beside(config, strength=1.5):
     """First biases of a block's queries and keys, by which every head looks at one place (ours) -> (2 * dim,).
 
-    The place is drawn: the query's own or one beside it, in its own frame or the one before. With k = R(place) q the
-    biases' share of a score is the largest at offset `place`. It is where motion is read.
+    The place is drawn for each head: the query's own or one beside it, in its own latent frame or the one before. With
+    k = R(place) q, the biases' share of a score is largest for the key at the query's position minus `place`. This is
+    where motion is read.
     """
     heads, d = config.heads, config.dim // config.heads
-    place = torch.stack([torch.randint(0, 2, (heads,)), *torch.randint(-1, 2, (2, heads))], -1).float()  # back in time, y, x
+    place = torch.stack([torch.randint(0, 2, (heads,)), *torch.randint(-1, 2, (2, heads))], -1).float()  # (head, 3)
     angles = rope_angles(place, d, config.rope_base, config.rope_top)[:, None]  # (head, 1, d / 2)
     q = strength * torch.randn(heads, 1, d).sign()
-    return torch.cat([q.flatten(), rotate(q, angles.cos(), angles.sin()).flatten()])
+    k = rotate(q, angles.cos(), angles.sin())
+    return torch.cat([q.flatten(), k.flatten()])
 
 
 def absolute_code(positions, dim, base=10000.0):
-    """The absolute cosine code that Appendix A compares with: added to the tokens instead of turning them."""
+    """The absolute cosine code that Appendix A compares with: it is added to the tokens -> (tokens, dim)."""
     angles = rope_angles(positions, dim, base)
-    return torch.cat([angles.cos(), angles.sin()], -1)  # (tokens, dim)
+    return torch.cat([angles.cos(), angles.sin()], -1)
 
 
 # --------------------------------------------------------------------------------------- attention and its cache
 class Cache:
-    """Self-attention's keys (already turned) and values of the finished frames, per layer, in buffers allocated once
-    (paper 4.3).
+    """Keys (already rotated) and values of the finished frames, in buffers allocated once (paper 4.3).
 
-    The slot after the finished frames belongs to the frame in the making: each step overwrites it in place, until `generate`
-    moves `length` behind it. Guidance doubles the batch: the branch with the caption and the one with the null text have a
-    half of the buffers each, since above the first block the keys depend on the text that was read below.
+    The slot behind the finished frames belongs to the current frame: each step overwrites it, until `generate` moves
+    `length` behind it. Guidance doubles the batch: the branch with the caption and the branch with the null have a half
+    of the buffers each, since the keys of later blocks depend on the text that earlier blocks read.
     """
 
     def __init__(self, config, batch, tokens, device=None, dtype=None):
@@ -122,15 +146,16 @@ class Cache:
         self.length = 0  # tokens of finished frames
 
     def update(self, layer, k, v):
-        """Writes k, v (batch, head, new, dim) after the finished frames -> keys and values up to there, as views."""
+        """Writes k, v (batch, head, new, d) behind the finished frames -> keys and values up to their end, as views."""
         end = self.length + k.shape[2]
-        self.buffer[layer, 0, :, :, self.length:end] = k
-        self.buffer[layer, 1, :, :, self.length:end] = v
-        return self.buffer[layer, 0, :, :, :end], self.buffer[layer, 1, :, :, :end]
+        keys, values = self.buffer[layer]  # (batch, head, token, d)
+        keys[:, :, self.length:end] = k
+        values[:, :, self.length:end] = v
+        return keys[:, :, :end], values[:, :, :end]
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(d)) v. mask (batch, 1, 1, keys) is True where a key may be seen."""
+    """softmax(q k^T / sqrt(d)) v. mask, broadcast to (batch, head, queries, keys), is True where a key may be seen."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # plain products: the CPU's fused backward is slower
@@ -142,11 +167,14 @@ def attend(q, k, v, mask=None):
 def frame_causal_attention(q, k, v, n):
     """Each frame of n tokens sees itself and all earlier frames (paper 4.1); k and v may begin before q does.
 
-    No mask: one product per frame, its queries against the keys up to its end, is the same and wastes nothing.
+    There is no mask: one product for each frame, its queries against the keys up to its end, computes the same.
     """
-    past = k.shape[2] - q.shape[2]
-    return torch.cat([attend(q[:, :, i:i + n], k[:, :, :past + i + n], v[:, :, :past + i + n])
-                      for i in range(0, q.shape[2], n)], 2)
+    earlier = k.shape[2] - q.shape[2]  # tokens that are in the cache alone
+    frames = []
+    for start in range(0, q.shape[2], n):
+        end = earlier + start + n
+        frames.append(attend(q[:, :, start:start + n], k[:, :, :end], v[:, :, :end]))
+    return torch.cat(frames, 2)
 
 
 class Block(nn.Module):
@@ -165,20 +193,22 @@ class Block(nn.Module):
         """Text states (batch, word, dim) -> keys and values of the cross-attention, the same for every step."""
         return rearrange(self.cross_kv(states), "b l (two h d) -> two b h l d", two=2, h=self.heads)
 
-    def forward(self, x, turn, text, text_mask, n, cache=None, wanted=None):
-        """x (batch, frames * n, dim); turn: cosines and sines of `rope_angles`; text: from `text_keys_values`; n: tokens
-        a frame; cache: of earlier frames; wanted (batch, count): places in x of tokens that see all of it, compute theirs
-        alone -> (batch, count, dim)."""
+    def forward(self, x, rotation, text, text_mask, n, cache=None, chosen=None):
+        """x (batch, frames * n, dim) -> (batch, frames * n, dim), or (batch, count, dim) of the chosen tokens alone.
+
+        rotation: cosines and sines of `rope_angles`; text: from `text_keys_values`; n: tokens of a frame; cache: of
+        earlier frames; chosen (batch, count): places in x of tokens that see all of x.
+        """
         q, k, v = rearrange(self.qkv(self.norm1(x)), "b l (three h d) -> three b h l d", three=3, h=self.heads)
-        if turn is not None:
-            q, k = rotate(q, *turn), rotate(k, *turn)
-        if wanted is not None:
-            x, q = x.take_along_dim(wanted[..., None], 1), q.take_along_dim(wanted[:, None, :, None], 2)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        if not x.shape[1]:
-            return x  # these keys and values were all that is needed
-        y = frame_causal_attention(q, k, v, n) if self.causal and wanted is None else attend(q, k, v)
+        if chosen is not None:
+            x, q = x.take_along_dim(chosen[..., None], 1), q.take_along_dim(chosen[:, None, :, None], 2)
+        if x.shape[1] == 0:
+            return x  # the keys and values in the cache were all that was needed
+        y = frame_causal_attention(q, k, v, n) if self.causal and chosen is None else attend(q, k, v)
         x = x + self.out(rearrange(y, "b h l d -> b l (h d)"))
         q = rearrange(self.cross_q(self.norm2(x)), "b l (h d) -> b h l d", h=self.heads)
         x = x + self.cross_out(rearrange(attend(q, *text, text_mask), "b h l d -> b l (h d)"))
@@ -187,10 +217,10 @@ class Block(nn.Module):
 
 # --------------------------------------------------------------------------------------------------- diffusion
 class Diffusion(nn.Module):
-    """The schedule of I-DDPM: cosine, 1000 steps, noise prediction, a variance learned between two bounds.
+    """The schedule of I-DDPM: cosine, 1000 timesteps, noise prediction, a variance learned between two bounds.
 
-    With `steps` below 1000 the schedule is respaced: evenly chosen steps of the long one, whose products of alphas
-    are kept. Computed in float64; everything done with it is float32, whatever the network runs in.
+    With fewer `steps` the schedule is respaced: evenly chosen timesteps of the long one keep their products of alphas.
+    Step i is an index into the chosen timesteps. Everything here is float32, whatever the network runs in.
     """
 
     def __init__(self, total=1000, steps=None):
@@ -203,12 +233,12 @@ class Diffusion(nn.Module):
         before = F.pad(abar[:-1], (1, 0), value=1.0)
         beta = 1 - abar / before
         variance = beta * (1 - before) / (1 - abar)  # of the posterior q(x_{i-1} | x_i, x_0)
-        variance[0] = variance[1] if steps > 1 else beta[0]  # it is 0 there and its logarithm is wanted
-        coefficients = torch.stack([
+        variance[0] = variance[1] if steps > 1 else beta[0]  # it is 0 there, and its logarithm is needed
+        table = torch.stack([
             abar.sqrt(), (1 - abar).sqrt(),  # x_i = a x_0 + s noise
             beta * before.sqrt() / (1 - abar), (1 - before) * (1 - beta).sqrt() / (1 - abar),  # posterior mean
             variance.log(), beta.log()])  # the two bounds of the learned log variance
-        self.register_buffer("table", coefficients.float()[..., None, None], persistent=False)  # (6, steps, 1, 1)
+        self.register_buffer("table", table.float()[..., None, None], persistent=False)  # (6, steps, 1, 1)
         self.register_buffer("timesteps", timesteps, persistent=False)
 
     def q_sample(self, x0, i, noise):
@@ -217,6 +247,7 @@ class Diffusion(nn.Module):
         return a * x0 + s * noise
 
     def x0_from(self, x, i, eps):
+        """x_0 from x_i and its noise, the inverse of `q_sample`."""
         a, s = self.table[:2, i, 0]
         return (x - s * eps) / a
 
@@ -226,11 +257,12 @@ class Diffusion(nn.Module):
         return c0 * x0 + cx * x, low + (v + 1) / 2 * (high - low)
 
     def loss(self, net, x0, z, snr_clip=math.inf):
-        """MAR's hybrid loss of tokens x0 (tokens, C), given z (tokens, dim) -> per token (tokens,).
+        """MAR's hybrid loss of tokens x0 (tokens, C), given hidden states z (tokens, dim) -> per token (tokens,).
 
-        Mean square error of the noise, plus the variational term (I-DDPM eq. 4) that teaches the variance alone:
-        the mean in it is detached. net(x_i, timestep, z) -> (tokens, 2C). An error e of x_0 weighs SNR e^2 in it, which
-        at the low-noise steps is all about still backgrounds: snr_clip bounds that weight (min-SNR, Hang et al. 2023).
+        It is the mean square error of the noise, plus the variational term (I-DDPM eq. 4), which teaches the variance
+        alone, since the mean in it is detached. net(x_i, timestep, z) -> (tokens, 2C). An error e of x_0 weighs
+        SNR e^2 in the square, which at low noise is all about still backgrounds: snr_clip bounds that weight (min-SNR,
+        Hang et al. 2023).
         """
         i = torch.randint(self.steps, x0.shape[:1], device=x0.device)
         noise = torch.randn_like(x0)
@@ -240,16 +272,16 @@ class Diffusion(nn.Module):
         mean, logvar = self.posterior(self.x0_from(x, i, eps.detach()), x, i, v)
         kl = 0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp() + (true_mean - mean) ** 2 * (-logvar).exp())
         nll = 0.5 * (logvar + (x0 - mean) ** 2 * (-logvar).exp() + math.log(2 * math.pi))
-        variational = torch.where(i[:, None] == 0, nll, kl) / math.log(2)
+        variational = torch.where(i[:, None] == 0, nll, kl) / math.log(2)  # in bits
         a, s = self.table[:2, i, 0]
         weight = (snr_clip * (s / a) ** 2).clamp(max=1)
         return (weight * (eps - noise) ** 2 + variational).mean(-1)
 
     def sample(self, net, x, temperature=1.0, guidance=None, clamp=4.0):
-        """Ancestral sampling from noise x (tokens, C) -> tokens (tokens, C). net(x, i): noise and variance at step i (tokens, 2C).
+        """Ancestral sampling from noise x (tokens, C) -> tokens (tokens, C). net(x, i) -> noise and variance of step i.
 
-        temperature, a number or (tokens, 1), multiplies the noise that each step adds, not the first x (MAR). guidance, a
-        number: net takes x twice, for text and null, and eps = null + guidance (conditional - null). The predicted
+        temperature, a number or (tokens, 1), multiplies the noise that each step adds, not the first x (MAR). With a
+        guidance, net takes x twice, for caption and null, and eps = null + guidance (conditional - null). The predicted
         x_0 is clamped (ours): at timestep 999 it is an error of eps times 20,000, and early models would paint black.
         """
         for i in reversed(range(self.steps)):
@@ -262,39 +294,46 @@ class Diffusion(nn.Module):
         return x
 
 
-class DiffusionHead(nn.Module):
-    """The small MLP that denoises one token given its hidden state (paper 5.1, MAR): AdaLN residual blocks."""
+class DiffusionMLP(nn.Module):
+    """The small MLP that denoises one token, given its hidden state (paper 5.1, MAR): AdaLN residual blocks."""
 
     def __init__(self, config):
         super().__init__()
-        w, c = config.head_dim, config.channels
-        self.time = nn.Sequential(nn.Linear(256, w), nn.SiLU(), nn.Linear(w, w))
-        self.condition, self.token = nn.Linear(config.dim, w), nn.Linear(c, w)
-        self.modulate = nn.ModuleList(nn.Linear(w, 3 * w) for _ in range(config.head_layers))
-        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(w, w), nn.SiLU(), nn.Linear(w, w)) for _ in self.modulate)
-        self.last_modulate, self.out = nn.Linear(w, 2 * w), nn.Linear(w, 2 * c)
+        d, c = config.diffusion_dim, config.channels
+        self.time = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
+        self.condition, self.token = nn.Linear(config.dim, d), nn.Linear(c, d)
+        self.modulate = nn.ModuleList(nn.Linear(d, 3 * d) for _ in range(config.diffusion_layers))
+        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d)) for _ in self.modulate)
+        self.last_modulate, self.out = nn.Linear(d, 2 * d), nn.Linear(d, 2 * c)
         for layer in (*self.modulate, self.last_modulate, self.out):  # every block starts as the identity
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, x, timestep, z):
-        """Noisy tokens x (tokens, C), timestep (tokens or 1,), hidden states z (tokens, dim) -> noise, variance (tokens, 2C)."""
+        """Noisy tokens x (tokens, C), timestep (tokens or 1,), hidden states z (tokens, dim) -> (tokens, 2C)."""
         return self.denoise(x, self.modulations(timestep, z))
 
     def given(self, z, timesteps):
-        """The same as a function of x and the number i of one of the timesteps: what does not depend on x is computed
-        for all of them at once, which halves the small products that a sampler waits for (ours)."""
-        parts = self.modulations(timesteps[:, None], z)  # (steps, tokens, 3 * head_dim) and the like
-        return lambda x, i: self.denoise(x, [part[i] for part in parts])
+        """The same as a function of x and i, the index of one of the timesteps (ours).
+
+        What does not depend on x is computed for all timesteps at once. This halves the small products that a sampler
+        waits for.
+        """
+        modulations = self.modulations(timesteps[:, None], z)  # (steps, tokens, 3 * diffusion_dim) and the like
+        return lambda x, i: self.denoise(x, [m[i] for m in modulations])
 
     def modulations(self, timestep, z):
-        """Of each block shift, scale and gate, in one tensor, and of the last norm shift and scale."""
+        """A list: shift, scale, gate of each block (..., tokens, 3d); shift, scale of the last norm (..., tokens, 2d).
+
+        timestep: (tokens,) or (steps, 1); z: (tokens, dim).
+        """
         frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=z.device) / 128)
         angles = timestep[..., None].float() * frequencies
         c = F.silu(self.time(torch.cat([angles.cos(), angles.sin()], -1)) + self.condition(z))
         return [modulate(c) for modulate in (*self.modulate, self.last_modulate)]
 
     def denoise(self, x, modulations):
+        """Noisy tokens x (tokens, C) -> their noise and the place of the variance between its bounds (tokens, 2C)."""
         x = self.token(x)
         for modulation, mlp in zip(modulations, self.mlps):
             shift, scale, gate = modulation.chunk(3, -1)
@@ -305,7 +344,7 @@ class DiffusionHead(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------- model
 class VideoMAR(nn.Module):
-    """The backbone and its head.
+    """The backbone and its diffusion MLP.
 
     text: a module that maps a list of captions to states (batch, word, text_dim) and a mask (batch, word), True at
     words; see tokenizer.py. Tokens have unit variance per channel, as the tokenizer makes them.
@@ -318,74 +357,81 @@ class VideoMAR(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(config.dim))
         self.null_text = nn.Parameter(torch.zeros(config.text_dim))
         self.text_in = nn.Linear(config.text_dim, config.dim)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = nn.LayerNorm(config.dim)
-        self.head = DiffusionHead(config)
-        self.diffusion = Diffusion(config.diffusion_steps)
-        self.recompute = False  # True: compute blocks' activations again in the backward pass, instead of keeping them
-        for p in (self.mask_token, self.null_text):
-            nn.init.normal_(p, std=0.02)
+        self.diffusion_mlp = DiffusionMLP(config)
+        self.diffusion = Diffusion(config.timesteps)
+        self.recompute = False  # True: the backward pass computes the blocks' activations again, to save memory
+        self.init_weights()
+
+    def init_weights(self):
+        """Every block starts as the identity, and every head by looking at one place (ours)."""
+        for parameter in (self.mask_token, self.null_text):
+            nn.init.normal_(parameter, std=0.02)
         for block in self.blocks:
             for module in block.modules():
                 if isinstance(module, nn.Linear):
                     nn.init.xavier_uniform_(module.weight)
                     nn.init.zeros_(module.bias)
-            if config.position == "rope":
-                block.qkv.bias.data[:2 * config.dim] = look_beside(config)
-            for module in (block.out, block.cross_out, block.mlp[-1]):  # every block starts as the identity (ours)
+            if self.config.position == "rope":
+                block.qkv.bias.data[:2 * self.config.dim] = look_beside(self.config)
+            for module in (block.out, block.cross_out, block.mlp[-1]):
                 nn.init.zeros_(module.weight)
 
     def read_text(self, captions, null):
-        """Captions and null (batch,), True where the learned null replaces all words, as in an empty caption -> what
-        `hidden` takes: each layer's cross-attention keys and values (2, batch, head, word, d), the mask (batch, 1, 1, word)."""
+        """Captions, and null (batch,), True where the learned null replaces all words, as it does an empty caption.
+
+        -> what `hidden` takes: keys and values of each block's cross-attention (2, batch, head, word, d), and the mask
+        (batch, 1, 1, word).
+        """
         states, mask = self.text(captions)
-        null = null | torch.tensor([not c.strip() for c in captions], device=null.device)
+        null = null | torch.tensor([not caption.strip() for caption in captions], device=null.device)
         states = self.text_in(torch.where(null[:, None, None], self.null_text, states))
-        return [block.text_keys_values(states) for block in self.blocks], (mask | null[:, None])[:, None, None]
+        return [block.text_keys_values(states) for block in self.blocks], mask[:, None, None]
 
-    def hidden(self, x, masked, text, grid, start=0, cache=None, wanted=None, last=False):
-        """Hidden states of some frames of a clip.
+    def hidden(self, x, masked, text, grid, start=0, cache=None, chosen=None, in_last_frame=False):
+        """Hidden states of the chosen tokens, by default of all -> (batch, count, dim).
 
-        x: tokens (batch, frames * n, C), n = h * w; masked: (batch, frames * n), True where [MASK] stands in;
-        text: from `read_text`; grid: (h, w); start: the number of the first frame in x; cache: holds the frames
-        before it; wanted (batch, count): places in x of the tokens whose states are asked for (all); last: they are in
-        the last frame of x. What sees all of x the last block computes alone (ours). -> (batch, frames * n or count, dim)
+        x: tokens of some frames of a clip (batch, frames * n, C), n = h * w; masked (batch, frames * n): True where
+        [MASK] stands in; text: from `read_text`; grid: (h, w); start: number of the first frame in x; cache: holds the
+        frames before it; chosen (batch, count): places in x; in_last_frame: the chosen are all in the last frame of x.
+        Tokens that see all of x can be read alone, and the last block computes no others (ours).
         """
         config, n = self.config, grid[0] * grid[1]
         positions = grid_positions(start, x.shape[1] // n, *grid, x.device)
         h = torch.where(masked[..., None], self.mask_token, self.token_in(x))
         if config.position == "rope":
             angles = rope_angles(positions, config.dim // config.heads, config.rope_base, config.rope_top)
-            turn = angles.cos(), angles.sin()
+            rotation = angles.cos(), angles.sin()
         else:
-            h, turn = h + absolute_code(positions, config.dim), None
+            h, rotation = h + absolute_code(positions, config.dim), None
         keys_values, text_mask = text
-        alone = wanted is not None and (last or config.attention == "full")
+        alone = chosen if in_last_frame or config.attention == "full" else None
         for block, kv in zip(self.blocks, keys_values):
             run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block
-            h = run(h, turn, kv, text_mask, n, cache, wanted if alone and block is self.blocks[-1] else None)
+            h = run(h, rotation, kv, text_mask, n, cache, alone if block is self.blocks[-1] else None)
         h = self.norm(h)
-        return h if wanted is None or alone else h.take_along_dim(wanted[..., None], 1)
+        return h if chosen is None or alone is not None else h.take_along_dim(chosen[..., None], 1)
 
     def draw_masked(self, batch, frames, n, t, device=None):
         """The masking of eq. 4.1: frames before t stay whole, t is partly masked, later ones are wholly masked.
 
-        The masked tokens of frame t carry the loss: another random set for each clip, all of one size. With loss "total-mask"
-        (eq. 3.1) all frames are masked so, as one large picture. -> masked (batch, frames * n), True where [MASK]
-        stands, and the places of the tokens that carry the loss (batch, count).
+        The masked tokens of frame t carry the loss: another random set for each clip, all sets of one size. With the
+        total-mask loss (eq. 3.1) all frames are masked so, as one large picture. -> masked (batch, frames * n), True
+        where [MASK] stands in, and the places of the tokens that carry the loss (batch, count).
         """
-        first, last = (t * n, (t + 1) * n) if self.config.loss == "next-frame" else (0, frames * n)
-        count = math.ceil((last - first) * draw_mask_ratio(self.config.mask_ratio))
-        places = first + torch.rand(batch, last - first, device=device).argsort(1)[:, :count]
-        masked = torch.arange(frames * n, device=device).expand(batch, -1) >= last
+        begin, end = (t * n, (t + 1) * n) if self.config.loss == "next-frame" else (0, frames * n)
+        count = math.ceil((end - begin) * draw_mask_ratio(self.config.mask_ratio))
+        places = begin + torch.rand(batch, end - begin, device=device).argsort(1)[:, :count]
+        masked = torch.arange(frames * n, device=device).expand(batch, -1) >= end
         return masked.scatter(1, places, True), places
 
     def forward(self, x, captions, t, cut=True):
         """Next-frame diffusion loss (paper eq. 4.1) of latents x (batch, T, h, w, C), with the loss on frame t.
 
-        One frame a pass: a second, later one would read [MASK]s of this one where sampling has its values. Under
-        frame-causal attention frame t sees nothing after itself, so the sequence is cut there: the same loss and gradients
-        for less work (ours). With full attention or total-mask it is not. t = 0 trains frame 0, from the text alone. -> scalar, float32.
+        Only one frame carries loss: a later one would read [MASK]s of frame t where sampling has its values. Under
+        frame-causal attention frame t sees nothing after itself, so the sequence is cut there: the same loss and
+        gradients for less work (ours). t = 0 trains frame 0 from the text alone. -> mean over tokens, scalar, float32.
         """
         config = self.config
         batch, frames, *grid, _ = x.shape
@@ -395,10 +441,11 @@ class VideoMAR(nn.Module):
         masked, places = self.draw_masked(batch, frames, n, t, x.device)
         cut = cut and config.cuts
         end = (t + 1) * n if cut else frames * n
-        z = self.hidden(x[:, :end], masked[:, :end], text, grid, wanted=places, last=cut)  # (batch, count, dim)
-        target = x.take_along_dim(places[..., None], 1).flatten(0, 1)
-        k = config.diffusion_repeats
-        return self.diffusion.loss(self.head, target.float().repeat(k, 1), z.flatten(0, 1).repeat(k, 1), config.snr_clip).mean()
+        z = self.hidden(x[:, :end], masked[:, :end], text, grid, chosen=places, in_last_frame=cut)  # (batch, count, d)
+        target = x.take_along_dim(places[..., None], 1).float()
+        draws = config.noise_draws
+        x0, z = target.flatten(0, 1).repeat(draws, 1), z.flatten(0, 1).repeat(draws, 1)  # (tokens, C), (tokens, dim)
+        return self.diffusion.loss(self.diffusion_mlp, x0, z, config.snr_clip).mean()
 
 
 # --------------------------------------------------------------------------------------------------- schedules
@@ -409,18 +456,19 @@ def draw_mask_ratio(mask_ratio):
 
 
 def unmask_counts(n, steps):
-    """How many of n tokens each step reveals, so that floor(n cos(pi/2 (i+1)/K)) stay masked after step i (MAR).
+    """How many of n tokens each step reveals, so that floor(n cos(pi/2 (k+1)/K)) stay masked after step k of K (MAR).
 
-    At least one each; with more steps than tokens the list is shorter than `steps`. It sums to n.
+    Every step reveals at least one: with more steps than tokens the list is shorter than `steps`. It sums to n.
     """
     counts, left = [], n
     while left:
-        stay = max(0, min(math.floor(n * math.cos(math.pi / 2 * (len(counts) + 1) / steps)), left - 1))  # the last cosine may round below 0
+        cosine = math.floor(n * math.cos(math.pi / 2 * (len(counts) + 1) / steps))
+        stay = max(0, min(cosine, left - 1))  # the last cosine may round below 0
         counts.append(left - stay)
         left = stay
     return counts
 
 
-def progressive_temperature(t):
-    """Of the t-th generated frame, from 0: 1.0, 0.91, 0.901 ... (paper App. B)."""
-    return 0.9 + 10.0 ** -(t + 1)
+def progressive_temperature(j):
+    """Of the j-th generated frame, from 0: 1.0, 0.91, 0.901 ... (paper App. B)."""
+    return 0.9 + 10.0 ** -(j + 1)

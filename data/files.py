@@ -1,16 +1,17 @@
-"""Files, devices and bad input: what every script here needs and no idea of the paper is in."""
+"""Files, devices and options: what every script here needs, with no idea of the paper in it."""
 import argparse
+import errno
 import importlib.util
 import math
 import os
 import re
-import shutil
 import sys
 import tempfile
 import warnings
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 DATA = Path(__file__).parent
 
@@ -19,15 +20,8 @@ class Bad(Exception):
     """Bad input: one line that names the thing, what is wrong and what would be right."""
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse's, but a wrong option is one line, too."""
-
-    def error(self, message):
-        raise Bad(f"{message}; --help lists what there is")
-
-
 def run(main):
-    """Runs a script's main: bad input, a full disk or too little memory is one line on stderr and exit code 2."""
+    """Runs a script's main. Bad input, a full disk or too little memory is one line on stderr and exit code 2."""
     try:
         return main()
     except KeyboardInterrupt:
@@ -37,26 +31,109 @@ def run(main):
     except OSError as e:
         line = f"{e.filename or 'output'}: {e.strerror or e}"
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e):  # the CPU's has no class
+        # The CPU's allocator has no error class of its own.
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e):
             raise
-        line = "not enough memory; ask for a smaller --size, --batch or --n, or fewer --frames"
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        line = "not enough memory; ask for a smaller --size, --batch or --n, or for fewer --frames"
+    tqdm.write(f"{Path(sys.argv[0]).name}: {line}", sys.stderr)  # on a line of its own, below a progress bar
     sys.exit(2)
 
 
-def check_options(a, **limits):
-    """Raises Bad for the first option that is given and not within its limits (least, most), naming it."""
-    for name, (least, most) in limits.items():
-        value = getattr(a, name)
-        if value is not None and not least <= value <= most:
-            raise Bad(f"--{name.replace('_', '-')} {value}: it must be " + (f"at least {least}" if most == math.inf else f"from {least} to {most}"))
+# ----------------------------------------------------------------------------------------------------- options
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, but a wrong option is one line, too. Every help text ends with the default in parentheses."""
+
+    def error(self, message):
+        raise Bad(f"{message}; --help lists the options")
+
+    def add_hardware(self):
+        self.add_argument("--device", help="cuda, mps or cpu (the best there is)")
+        self.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the products (by the hardware)")
 
 
-def check_writable(path, option="--out"):
+def number(kind, least, most=math.inf):
+    """A type for argparse: an int or a float within bounds."""
+    def parse(text):
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} should be from {least} to {most}")
+        return value
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    return parse
+
+
+def sizes(like):
+    """A type for argparse: "64x96" -> (64, 96), as many numbers as `like` has; for "5,13,25" any number of them."""
+    sign = "," if "," in like else "x"
+
+    def parse(text):
+        numbers = tuple(map(int, text.split(sign))) if re.fullmatch(rf"\d+({sign}\d+)*", text) else ()
+        if not numbers or 0 in numbers or sign == "x" and len(numbers) != len(like.split("x")):
+            raise argparse.ArgumentTypeError(f"{text!r} should be whole numbers such as {like}")
+        return numbers
+    return parse
+
+
+# ------------------------------------------------------------------------------------------------------- files
+def check_writable(path):
     """Raises Bad unless a file can be written at `path`, whose folders may still be missing."""
-    there = next(p for p in Path(path).absolute().parents if p.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)) or Path(path).name in ("", ".."):
-        raise Bad(f"{option} {path}: {there} is not a folder that can be written; choose another place")
+    folder = next(p for p in Path(path).absolute().parents if p.exists())
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise Bad(f"--out {path}: {folder} is not a folder that can be written ({e.strerror})") from None
+    if Path(path).name in ("", ".."):
+        raise Bad(f"--out {path}: this is not the name of a file; choose another place")
+
+
+def write(path, save):
+    """Calls save(a temporary name beside it), then renames: `path` is always a whole file. Raises Bad."""
+    path = Path(path)
+    part = path.with_name(f".part-{ranks()[0]}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(part)
+        os.replace(part, path)
+    except Exception as e:  # a full disk (of which torch makes a RuntimeError), more pixels than the format can hold
+        full = getattr(e, "errno", None) == errno.ENOSPC or "unexpected pos" in str(e)
+        reason = "the disk is full" if full else getattr(e, "strerror", None) or e
+        raise Bad(f"{path}: it cannot be written ({reason}); choose another place with --out") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save(content, path):
+    """A dict of tensors and plain values as a file that `load` reads."""
+    write(path, lambda part: torch.save(content, part))
+
+
+def load(path, *kinds):
+    """A file of ours as a dict of tensors and plain values, in which nothing is ever executed. Raises Bad."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # torch's, about files that are refused anyway
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise Bad(f"{path}: no such file; give a {kinds[0]} written by this code") from None
+    except Exception as e:
+        raise Bad(f"{path}: not a {kinds[0]} of ours, or damaged ({type(e).__name__})") from None
+    if not isinstance(content, dict) or content.get("kind") not in kinds:
+        raise Bad(f"{path}: not a {kinds[0]}; give one written by this code")
+    return content
+
+
+def lock(folder):
+    """Makes a folder, and keeps a second run out of it until this process ends, however it ends. Raises Bad."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise Bad(f"--out {folder}: another run is writing there; give another folder, or wait for its end") from None
+    return file
 
 
 def need(package, what):
@@ -66,72 +143,37 @@ def need(package, what):
     return importlib.import_module(package)
 
 
-def write(path, save):
-    """Calls save(a temporary path of the same name), then moves it: whatever happens, `path` is an old or a new whole file
-    (or folder of pictures). Raises Bad."""
-    path = Path(path)
-    if path.is_dir() and any(f.suffix != ".png" or not f.stem.isdigit() for f in path.iterdir()):
-        raise Bad(f"{path}: a folder with other things in it; choose another place with --out")
+# ----------------------------------------------------------------------------------------------------- devices
+def choose_device(name=None):
+    """The named device, or the best there is. Raises Bad for one that is not there."""
+    name = name or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # set by torchrun
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent, ignore_cleanup_errors=True) as room:  # goes after Ctrl-C, too
-            part, old = Path(room, path.name), Path(f"{room}-old")
-            save(part)
-            if path.is_dir():  # a folder cannot be replaced while it holds something
-                os.replace(path, old)
-            os.replace(part, path)
-        shutil.rmtree(old, ignore_errors=True)
-    except Exception as e:  # a full disk (RuntimeError of torch's), more pixels than the format can hold
-        raise Bad(f"{path}: cannot write it ({getattr(e, 'strerror', None) or e}); choose a place with room with --out, or a smaller --scale") from None
-
-
-def save(what, path):
-    write(path, lambda part: torch.save(what, part))
-
-
-def load(path, kind):
-    """A file of ours as a dict of tensors and plain values; weights_only, so nothing in it is ever executed."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of torch, about files that are refused anyway
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise Bad(f"{path}: no such file; give a {kind} written by this code") from None
-    except Exception as e:
-        raise Bad(f"{path}: not a {kind} of ours, or damaged ({type(e).__name__}); give one written by this code") from None
-    if not isinstance(content, dict) or content.get("kind") != kind:
-        raise Bad(f"{path}: not a {kind}; give one written by this code")
-    return content
-
-
-def choose_device(name):
-    """`name`, or the best device there is. Raises Bad for one that is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = name or next(k for k, ok in there.items() if ok)
-    name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name  # torchrun's
-    try:
-        if not there[name.split(":")[0]]:
-            raise KeyError
         return torch.empty(0, device=name).device
-    except (KeyError, RuntimeError, AssertionError):
-        raise Bad(f"--device {name}: there is none here; this machine has {', '.join(k for k, ok in there.items() if ok)}") from None
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).split("\n")[0]
+        raise Bad(f"--device {name}: there is none here ({reason}); --device cpu always works") from None
 
 
 def choose_dtype(name, device):
-    """`name`, or what the hardware is fast at: bfloat16 on GPUs that have it and on CPUs with AVX512-bf16, else float32."""
-    fast = (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-            or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, None: torch.bfloat16 if fast else torch.float32}[name]
+    """The named dtype, or what the hardware is fast at: bfloat16 where it has units for it, else float32."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
+    return getattr(torch, name or ("bfloat16" if fast else "float32"))
 
 
-def parse_numbers(text, like="64x64"):
-    """"64x96" -> (64, 96), as many as in `like`; of "5,13,25" any number. Raises argparse's error otherwise."""
-    sign = "," if "," in like else "x"
-    numbers = tuple(map(int, text.split(sign))) if re.fullmatch(rf"\d+({sign}\d+)*", text) else ()
-    if not numbers or 0 in numbers or sign == "x" and len(numbers) != len(like.split("x")):
-        raise argparse.ArgumentTypeError(f"{text!r} should be whole numbers such as {like}")
-    return numbers
+def choose_hardware(a):
+    """The device and the dtype of the options, and a context in which the network computes in this dtype."""
+    device = choose_device(a.device)
+    dtype = choose_dtype(a.dtype, device)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.set_flush_denormal(True)  # zero-initialised layers have denormal gradients, which are slow
+    return device, dtype, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def torchrun():
-    """The number of this process among those that torchrun started, and how many they are; 0 and 1 without it."""
+def ranks():
+    """The number of this process among those that torchrun started, and how many they are: (0, 1) without torchrun."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -3,13 +3,19 @@
 One or two sprites on a soft gradient. Each sprite moves and bounces, grows, shrinks, spins or stays still, at fixed
 rates, so that the first picture and the caption determine every later frame. Lengths are in units of the short side.
 
-    python data/world.py            writes a few clips as GIF + .txt into out/world
+    python data/world.py            writes four clips as GIF + .txt into out/world
 """
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for this file as a script
+
 import numpy as np
+import torch
+
+from data.files import run
+from data.video import Source, write_video
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cat")
 COLOURS = {"red": (214, 40, 48), "orange": (240, 130, 30), "yellow": (240, 205, 40), "green": (46, 150, 72),
@@ -29,7 +35,7 @@ class Sprite:
     x: float  # centre in frame 0
     y: float
     r: float
-    then: tuple = ()  # (pixel frame from which on, motion), for a sprite that changes its mind
+    then: tuple = ()  # (pixel frame, motion from there on), for a sprite that changes its motion
 
     def held_out(self):
         """One in ten (shape, colour, motion) combinations, spread evenly over each of the three."""
@@ -44,9 +50,9 @@ class Scene:
     angle: float  # direction in which the gradient gets lighter, radians
 
     def caption(self):
-        """Says the later motion of a sprite that changes it."""
-        what = " and ".join(f"{'an' if s.colour[0] in 'aeiou' else 'a'} {s.colour} {s.shape} {(s.then or (0, s.motion))[1]}" for s in self.sprites)
-        return f"{what} on {'an' if self.background[0] in 'aeiou' else 'a'} {self.background} background"
+        """Tells the later motion of a sprite that changes it."""
+        sprites = [f"a {s.colour} {s.shape} {s.then[1] if s.then else s.motion}" for s in self.sprites]
+        return f"{' and '.join(sprites)} on a {self.background} background".replace("a orange", "an orange")
 
 
 def scene(seed, height=64, width=64, held_out=False):
@@ -148,52 +154,52 @@ def render(scene, frames, height, width):
     return video[:, pad:-pad, pad:-pad]
 
 
-def turned(scene, seed, last):
-    """The scene with new motions from a frame in 1..last on, which the caption then tells (ours, for `sample.py --then`)."""
+def with_changes(scene, seed, latest):
+    """The scene with new motions from a frame in 1..latest on, as its caption tells (ours, for `sample.py --then`)."""
     rng = np.random.default_rng((seed, 2))
-    at = int(rng.integers(1, last + 1))
+    at = int(rng.integers(1, latest + 1))
     for s in scene.sprites:
-        kind = s.held_out()
-        new = [m for m in MOTIONS if m != s.motion and replace(s, motion=m).held_out() == kind]
+        held_out = s.held_out()
+        new = [m for m in MOTIONS if m != s.motion and replace(s, motion=m).held_out() == held_out]
         s.then = at, new[rng.integers(len(new))]
     return scene
 
 
-def clip(seed, frames=25, height=64, width=64, held_out=False, turn=0):
+def clip(seed, frames=25, height=64, width=64, held_out=False, change_until=0):
     """-> video uint8 (frames, height, width, 3), caption. The same arguments give the same clip.
 
-    turn: with it, the motions of one clip in five change once, at a frame in 1..turn."""
+    change_until: if it is not 0, the motions of one clip in five change once, at a frame in 1..change_until.
+    """
     s = scene(seed, height, width, held_out)
-    if turn > 0 and seed % 5 == 0:
-        s = turned(s, seed, turn)
+    if change_until > 0 and seed % 5 == 0:
+        s = with_changes(s, seed, change_until)
     return render(s, frames, height, width), s.caption()
 
 
-def options_parser():
-    from data.files import Parser, parse_numbers
-    p = Parser(description="Write a few clips of the drawn world as GIF + .txt")
-    p.add_argument("--n", type=int, default=4)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--frames", type=int, default=49)
-    p.add_argument("--size", type=parse_numbers, default=(256, 256), help="HEIGHTxWIDTH")
-    p.add_argument("--out", type=Path, default=Path("out/world"))
-    return p
+class World(Source):
+    """The drawn world as training reads it. A picture and a caption leave it one future: the likeliest is right."""
+
+    about = "drawn world"
+    sampling = {"cfg": 1.5, "temperature": 0.0}
+    training = {"noise": 0.15, "frame0": 0.05}
+
+    def batch(self, seeds, frames, size, length=None, change_until=0, held_out=False):
+        """-> video uint8 (batch, frames, H, W, 3), captions."""
+        clips, captions = zip(*(clip(seed, frames, *size, held_out, change_until) for seed in seeds))
+        return torch.from_numpy(np.stack(clips)), list(captions)
+
+    def held_out(self, count, frames, size):
+        return self.batch(range(count), frames, size, held_out=True)
 
 
 def main():
-    from data.files import check_options, check_writable
-    from data.video import write_video
-    a = options_parser().parse_args()
-    check_options(a, n=(1, 10**6), seed=(0, 2**62), frames=(1, 10**4))
-    check_writable(a.out / "0.gif")
-    for seed in range(a.seed, a.seed + a.n):
-        video, caption = clip(seed, a.frames, *a.size)
-        write_video(a.out / f"{seed}.gif", video, 12)
-        (a.out / f"{seed}.txt").write_text(caption + "\n")
-        print(a.out / f"{seed}.gif", "-", caption)
+    for seed in range(4):
+        video, caption = clip(seed, 49, 256, 256)
+        path = Path(f"out/world/{seed}.gif")
+        write_video(path, video, 12)
+        path.with_suffix(".txt").write_text(caption + "\n")
+        print(path, "-", caption)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-    from data.files import run
     run(main)

@@ -1,76 +1,113 @@
-"""Speed, measured: the paper's Table 2 on this machine, and what cutting the sequence saves in training.
+"""Speed, measured: the paper's Table 2 on this machine, and what cutting the sequence saves in training. And a plan.
 
     python tests/bench.py sample         one token a step, masked without cache, masked with cache
     python tests/bench.py train          a step on the full sequence with a dense mask, and on the cut one
-    python tests/bench.py sample --preset paper --size 256x256 --device cuda        the paper's stage 1
-    python tests/bench.py sample --preset paper --size 480x768 --frames 49 --stride 8x16x16 --device cuda    stage 2
+    python tests/bench.py plan           FLOPs, memory and days of a training run, without allocating the model
 
-Random weights of the preset and random latents: speed does not depend on values. All variants take turns in one process
-after a warm-up, medians are reported, and the ratios hold on a noisy machine. "Peak" is a large matmul's rate in the
-same run, device and dtype. FLOPs are counted from the configuration: two per multiplication and addition, products only.
+    python tests/bench.py sample --preset paper --size 256x256 --device cuda        the paper's first resolution
+    python tests/bench.py sample --preset paper --size 480x768 --frames 49 --stride 8x16x16 --device cuda    its second
+    python tests/bench.py plan --preset paper --size 256x256 --frames 5,13,25 --batch 512 --gpus 64 --rate 4e14
+
+Weights of the preset and latents are random, since speed does not depend on values. All variants take turns in one
+process after a warm-up, medians are reported, and the ratios hold on a noisy machine. "Peak" is a large matmul's rate
+in the same run, device and dtype. FLOPs are counted from the configuration: products alone, two for each multiplication
+and addition.
 """
-import argparse
+import contextlib
 import json
 import os
 import resource
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "10000")
-sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "10000")  # the CPU's kernels are made for each shape
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for this file as a script
 
-import torch  # noqa: E402
+import torch
 
-import videomar  # noqa: E402
-from data.files import check_options, choose_device, choose_dtype, parse_numbers, run  # noqa: E402
-from sample import generate  # noqa: E402
-from tokenizer import Words, check_size  # noqa: E402
-from train import BY_PRESET, make_optimisers, muon_parameters  # noqa: E402
-from videomar import PRESETS, Cache, Diffusion, VideoMAR, rope_angles, unmask_counts  # noqa: E402
+import videomar
+from data.files import Bad, Parser, choose_hardware, number, run, sizes
+from sample import generate
+from tokenizer import Words, check_size
+from train import make_optimisers, stage_steps
+from videomar import PRESETS, Cache, Diffusion, Sampling, VideoMAR, rope_angles, unmask_counts
 
 CAPTION = "a red cat moves left quickly and a blue star grows on a green background"
+MASKED = 0.86  # the mean mask ratio in training
 
 
 # ------------------------------------------------------------------------------------------------- counting FLOPs
-def backbone_flops(c, tokens, pairs, wanted, keys, words=16):
-    """Of one forward pass -> products with weights, attention. pairs: (query, key) couples of the self-attention; wanted:
-    tokens for which the last block goes beyond queries, keys and values; keys: how many each of them sees."""
+def backbone_flops(c, tokens, pairs, chosen, keys, words=16):
+    """Of one forward pass -> products with weights, attention.
+
+    pairs: (query, key) couples of the self-attention; chosen: tokens for which the last block goes beyond queries, keys
+    and values; keys: how many each of them sees.
+    """
     early = c.layers - 1
-    return 2 * c.dim**2 * ((14 * early + 3) * tokens + 11 * wanted), 4 * c.dim * (early * (pairs + tokens * words) + wanted * (keys + words))
+    weights = 2 * c.dim**2 * ((14 * early + 3) * tokens + 11 * chosen)
+    attention = 4 * c.dim * (early * (pairs + tokens * words) + chosen * (keys + words))
+    return weights, attention
 
 
-def head_flops(c, rows, conditions, times):
-    """Of the diffusion MLP over `rows` noisy tokens, `conditions` hidden states and `times` embeddings of a diffusion step."""
-    w = c.head_dim
-    return 2 * rows * (c.head_layers * 5 * w**2 + 2 * w**2 + 3 * c.channels * w) + 2 * conditions * c.dim * w + 2 * times * (256 + w) * w
+def diffusion_flops(c, rows, conditions, times):
+    """Of the diffusion MLP over `rows` noisy tokens, `conditions` hidden states and `times` embedded timesteps."""
+    d = c.diffusion_dim
+    for_rows = 2 * rows * (c.diffusion_layers * 5 * d**2 + 2 * d**2 + 3 * c.channels * d)
+    return for_rows + 2 * conditions * c.dim * d + 2 * times * (256 + d) * d
 
 
-def sample_flops(c, n, frames, how, branches=2):
-    """Of one clip -> [weights, attention, head]."""
-    steps = len(unmask_counts(n, c.unmask_steps))
-    times = (frames - 1) * c.sample_steps * (n if how == "ntp" else steps)
-    total = [0, 0, head_flops(c, branches * c.sample_steps * n * (frames - 1), branches * n * (frames - 1), times)]
+def sample_flops(c, sampling, n, frames, how, branches=2):
+    """Of one clip -> [weights, attention, diffusion]. how: "ntp" (next-token prediction), "nocache" or "cache"."""
+    steps = len(unmask_counts(n, sampling.unmask_steps))
+    denoised = sampling.diffusion_steps * n * (frames - 1)
+    times = (frames - 1) * sampling.diffusion_steps * (n if how == "ntp" else steps)
+    total = [0, 0, diffusion_flops(c, branches * denoised, branches * n * (frames - 1), times)]
     for t in range(1, frames):
         seen = n * (t + 1)
-        passes = {"ntp": n * [(1, t * n + n / 2, 1, t * n + n / 2)],
-                  "nocache": steps * [(seen, seen * (seen + n) / 2, n / steps, seen)],
-                  "cache": steps * [(n, n * seen, n / steps, seen)] + (t < frames - 1) * [(n, n * seen, 0, 0)] + (t == 1) * [(n, n * n, 0, 0)]}[how]
+        if how == "ntp":
+            passes = n * [(1, t * n + n / 2, 1, t * n + n / 2)]
+        elif how == "nocache":
+            passes = steps * [(seen, seen * (seen + n) / 2, n / steps, seen)]
+        else:
+            passes = steps * [(n, n * seen, n / steps, seen)]
+            passes += (t < frames - 1) * [(n, n * seen, 0, 0)]  # the finished frame, for the cache
+            passes += (t == 1) * [(n, n * n, 0, 0)]  # the given one
         for one in passes:
-            total = [a + branches * b for a, b in zip(total, (*backbone_flops(c, *one), 0))]
+            weights, attention = backbone_flops(c, *one)
+            total[0] += branches * weights
+            total[1] += branches * attention
     return total
 
 
 def train_flops(c, n, frames, t, batch, cut):
-    """Of one step, forward and backward, for a loss on latent frame t; the mean mask ratio is 0.86."""
-    seen, loss = n * (t + 1 if cut else frames), 0.86 * n
-    mid = sum(backbone_flops(c, seen, seen * (seen + n) / 2, loss, seen) if cut else backbone_flops(c, seen, seen**2, seen, seen))
-    return 3 * batch * (mid + head_flops(c, *3 * [loss * c.diffusion_repeats]))
+    """Of one step, forward and backward, with the loss on latent frame t."""
+    loss = MASKED * n  # tokens
+    if cut:
+        seen = n * (t + 1)
+        backbone = backbone_flops(c, seen, seen * (seen + n) / 2, loss, seen)
+    else:
+        seen = n * frames
+        backbone = backbone_flops(c, seen, seen**2, seen, seen)
+    return 3 * batch * (sum(backbone) + diffusion_flops(c, *3 * [loss * c.noise_draws]))
+
+
+def mean_train_flops(c, n, frames, batch, cut):
+    """The mean over t = 1 ... frames - 1, as training draws it."""
+    return sum(train_flops(c, n, frames, t, batch, cut) for t in range(1, frames)) / (frames - 1)
+
+
+def muon_parameters(model, optimiser):
+    """The matrices that Muon takes, none with "adamw"."""
+    _, *muon = make_optimisers(model, optimiser, 1e-3, False)
+    return [p for one in muon for group in one.param_groups for p in group["params"]]
 
 
 def muon_flops(model, optimiser):
     """Of the five Newton-Schulz iterations by which Muon makes the step of an m x n matrix, m <= n, orthogonal."""
-    return sum(5 * (4 * m * m * n + 2 * m**3) for m, n in (sorted(p.shape) for p in muon_parameters(model, optimiser)))
+    shapes = [sorted(p.shape) for p in muon_parameters(model, optimiser)]
+    return sum(5 * (4 * m * m * n + 2 * m**3) for m, n in shapes)
 
 
 # ------------------------------------------------------------------------------------------------------ measuring
@@ -87,8 +124,8 @@ def seconds(work, device):
     return time.perf_counter() - start
 
 
-def in_turn(works, device, repeats):
-    """Medians of several functions, timed in turn after one warm-up each -> list of seconds."""
+def median_seconds(works, device, repeats):
+    """Medians of several functions, timed one after the other, again and again, after a warm-up each."""
     for work in works:
         work()
     times = [[seconds(work, device) for work in works] for _ in range(repeats)]
@@ -104,8 +141,10 @@ def matmul_peak(device, dtype):
 
 
 def memory(device):
-    return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU's memory at most" if device.type == "cuda" else \
-        f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of memory at most, with Python and torch"
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU's memory at most"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return f"{peak:.2f} GiB of memory at most, with Python and torch"
 
 
 def dense_attention(q, k, v, n):
@@ -114,124 +153,218 @@ def dense_attention(q, k, v, n):
     return videomar.attend(q, k, v, frame[-q.shape[2]:, None] >= frame)
 
 
-def next_token_step(model, x, text, turn, cache, diffusion, cfg):
+def next_token_step(model, x, text, rotation, cache, diffusion, cfg):
     """One step of next-token prediction: one token through the backbone with a cache, then its diffusion chain."""
     h = model.token_in(x.repeat(2, 1, 1))
-    for block, kv in zip(model.blocks, text[0]):
-        h = block(h, turn, kv, text[1], 1, cache)
-    net = model.head.given(model.norm(h)[:, 0], diffusion.timesteps)
-    return diffusion.sample(net, torch.randn(1, model.config.channels, device=x.device), 1.0, cfg)
+    for block, keys_values in zip(model.blocks, text[0]):
+        h = block(h, rotation, keys_values, text[1], 1, cache)
+    net = model.diffusion_mlp.given(model.norm(h)[:, 0], diffusion.timesteps)
+    return diffusion.sample(net, torch.randn(len(x), model.config.channels, device=x.device), 1.0, cfg)
 
 
-# ----------------------------------------------------------------------------------------------------- two benches
+# ---------------------------------------------------------------------------------------------- sample and train
 @torch.no_grad()
-def bench_sample(a, model, device, grid, frames):
+def bench_sample(a, model, device, dtype, grid, frames):
     c, n, batch = model.config, grid[0] * grid[1], a.batch or 1
+    sampling = Sampling(**PRESETS[a.preset]["sampling"])
     given, captions = torch.randn(batch, 1, *grid, c.channels, device=device), [CAPTION] * batch
-    diffusion = Diffusion(c.diffusion_steps, c.sample_steps).to(device)
+    diffusion = Diffusion(c.timesteps, sampling.diffusion_steps).to(device)
     text = model.read_text(captions * 2, torch.arange(2 * batch, device=device) >= batch)
-    buffers = Cache(c, 2 * batch, frames * n, device, text[0][0].dtype)
+    cache = Cache(c, 2 * batch, frames * n, device, text[0][0].dtype)
+    cache.buffer.zero_()
     angles = rope_angles(torch.ones(1, 3, device=device), c.dim // c.heads, c.rope_base, c.rope_top)
-    buffers.buffer.zero_()
+    rotation, token = (angles.cos(), angles.sin()), given[:, 0, :1, 0]
 
-    def ntp(steps):  # spread evenly over the clip, so that the cache has its mean length
-        for i in range(steps):
-            buffers.length = int(n + (i + 0.5) / steps * n * (frames - 1))
-            next_token_step(model, given[:, 0, :1, 0], text, (angles.cos(), angles.sin()), buffers, diffusion, c.cfg)
+    all_steps = n * (frames - 1)
+    some_steps = min(a.ntp_steps, all_steps)
+    some_frames = min(frames, a.nocache_frames)
 
-    masked = lambda use_cache, frames=frames, **fewer: generate(model, given, captions, frames, use_cache=use_cache, **fewer)
-    some, all_ = min(a.ntp_steps, n * (frames - 1)), n * (frames - 1)
-    works = [lambda: ntp(some), lambda: masked(True)]
-    fraction = 1.0
-    if a.nocache_frames < frames:  # hours at the paper's scale: time the first frames, scale by FLOPs
-        fraction = sum(sample_flops(c, n, a.nocache_frames, "nocache")) / sum(sample_flops(c, n, frames, "nocache"))
-    works.append(lambda: masked(False, min(frames, a.nocache_frames)))
-    ntp_s, cache_s, nocache_s = in_turn(works, device, a.repeats)
-    ntp_s, nocache_s = ntp_s * all_ / some, nocache_s / fraction
-    peak = matmul_peak(device, a.dtype)
-    flops = {how: sample_flops(c, n, frames, how) for how in ("ntp", "nocache", "cache")}
-    print(f"{'':34}{'s a clip':>10}{'weights':>10}{'attention':>10}{'head':>8}  TFLOP  {'TFLOP/s':>8}{'of peak':>9}")
-    for name, how, s in (("next token, with cache", "ntp", ntp_s), ("masked, without cache", "nocache", nocache_s), ("masked, with cache", "cache", cache_s)):
-        f = [v / 1e12 * batch for v in flops[how]]
-        print(f"{name:34}{s:10.2f}{f[0]:10.3f}{f[1]:10.3f}{f[2]:8.3f}{'':9}{sum(f) / s:8.3f}{100 * sum(f) * 1e12 / s / peak:8.1f}%")
-    print(f"next token: {some} of {all_} steps timed, spread over the clip, and scaled")
-    if fraction < 1:
-        print(f"without cache: the first {a.nocache_frames} of {frames} latent frames timed, and scaled by FLOPs")
+    def next_token():  # steps spread evenly over the clip, so that the cache has its mean length
+        for i in range(some_steps):
+            cache.length = int(n + (i + 0.5) / some_steps * n * (frames - 1))
+            next_token_step(model, token, text, rotation, cache, diffusion, sampling.cfg)
+
+    works = [next_token, lambda: generate(model, given, captions, some_frames, sampling, use_cache=False),
+             lambda: generate(model, given, captions, frames, sampling)]
+    ntp_s, nocache_s, cache_s = median_seconds(works, device, a.repeats)
+    flops = {how: sample_flops(c, sampling, n, frames, how) for how in ("ntp", "nocache", "cache")}
+    ntp_s *= all_steps / some_steps
+    nocache_s *= sum(flops["nocache"]) / sum(sample_flops(c, sampling, n, some_frames, "nocache"))
+    peak = matmul_peak(device, dtype)
+
+    print(f"{'':34}{'s a clip':>10}{'weights':>10}{'attention':>10}{'MLP':>8}  TFLOP  {'TFLOP/s':>8}{'of peak':>9}")
+    for name, how, s in (("next token, with cache", "ntp", ntp_s), ("masked, without cache", "nocache", nocache_s),
+                         ("masked, with cache", "cache", cache_s)):
+        weights, attention, mlp = (value / 1e12 * batch for value in flops[how])
+        rate = (weights + attention + mlp) / s
+        print(f"{name:34}{s:10.2f}{weights:10.3f}{attention:10.3f}{mlp:8.3f}{'':9}{rate:8.3f}"
+              f"{1e14 * rate / peak:8.1f}%")
+    print(f"next token: {some_steps} of {all_steps} steps are timed, spread over the clip, and scaled")
+    if some_frames < frames:  # hours at the paper's scale
+        print(f"without cache: the first {some_frames} of {frames} latent frames are timed, and scaled by FLOPs")
     print(f"peak {peak / 1e12:.2f} TFLOP/s; {memory(device)}")
-    longer = [7, 13, 25, 49] if a.growth else []
-    per = [seconds(lambda: masked(True, t, steps=4, diffusion_steps=4), device) / (t - 1) for t in longer]
-    if longer:
-        print("seconds per latent frame with 4 x 4 steps, " + ", ".join(f"{t}: {s:.3f}" for t, s in zip(longer, per)) + " latent frames")
-    ratio = sum(flops["nocache"]) / sum(flops["cache"])
-    return dict(ntp_s=ntp_s, nocache_s=nocache_s, cache_s=cache_s, cache_ratio=nocache_s / cache_s, cache_ratio_flops=ratio,
-                ntp_ratio=ntp_s / cache_s, peak_share=sum(flops["cache"]) * batch / cache_s / peak, s_per_latent_frame=cache_s / (frames - 1))
+    if a.growth:
+        fewer, rates = replace(sampling, unmask_steps=4, diffusion_steps=4), []
+        for length in (7, 13, 25, 49):
+            s = seconds(lambda: generate(model, given, captions, length, fewer), device)
+            rates.append(f"{length}: {s / (length - 1):.3f}")
+        print(f"seconds per latent frame with 4 x 4 steps, {', '.join(rates)} latent frames")
+    cache_flops = sum(flops["cache"])
+    return {"ntp_s": ntp_s, "nocache_s": nocache_s, "cache_s": cache_s, "cache_ratio": nocache_s / cache_s,
+            "cache_ratio_flops": sum(flops["nocache"]) / cache_flops, "ntp_ratio": ntp_s / cache_s,
+            "peak_share": cache_flops * batch / cache_s / peak, "s_per_latent_frame": cache_s / (frames - 1)}
 
 
-def bench_train(a, model, device, grid, frames):
+def bench_train(a, model, device, dtype, grid, frames):
     c, n, batch = model.config, grid[0] * grid[1], a.batch or 4
     x, captions = torch.randn(batch, frames, *grid, c.channels, device=device), [CAPTION] * batch
-    optimisers = make_optimisers(model, BY_PRESET[a.preset]["optimiser"], 1e-5, device.type in ("cuda", "cpu"))
-    short = videomar.frame_causal_attention
+    optimiser = PRESETS[a.preset]["training"]["optimiser"]
+    optimisers = make_optimisers(model, optimiser, 1e-5, device.type in ("cuda", "cpu"))
+    split_attention = videomar.frame_causal_attention
 
     def step(t, cut):
-        videomar.frame_causal_attention = short if cut else dense_attention
-        with torch.autocast(device.type, a.dtype, enabled=a.dtype != torch.float32):
-            model(x, captions, t, cut=cut).backward()
+        videomar.frame_causal_attention = split_attention if cut else dense_attention
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = model(x, captions, t, cut=cut)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
-        for optimiser in optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+        for one in optimisers:
+            one.step()
+            one.zero_grad(set_to_none=True)
 
-    ts = range(1, frames)
-    *cut_s, full_s = in_turn([*(lambda t=t: step(t, True) for t in ts), lambda: step(frames // 2, False)], device, a.repeats)  # the full one is alike for all t
-    videomar.frame_causal_attention = short
-    cut_s = sum(cut_s) / len(ts)
-    full, cut = (sum(train_flops(c, n, frames, t, batch, how) for t in ts) / len(ts) + muon_flops(model, BY_PRESET[a.preset]["optimiser"]) for how in (False, True))
-    peak = matmul_peak(device, a.dtype)
+    works = [lambda t=t: step(t, True) for t in range(1, frames)]
+    works.append(lambda: step(frames // 2, False))  # alike for all t
+    *cut_s, full_s = median_seconds(works, device, a.repeats)
+    videomar.frame_causal_attention = split_attention
+    cut_s = sum(cut_s) / len(cut_s)
+    full, cut = (mean_train_flops(c, n, frames, batch, how) + muon_flops(model, optimiser) for how in (False, True))
+    peak = matmul_peak(device, dtype)
     tokens = batch * n * (frames + 2) / 2
     print(f"{'mean of t = 1 ... T - 1':34}{'s a step':>10}{'TFLOP':>8}{'TFLOP/s':>9}{'of peak':>9}{'tokens/s':>10}")
-    for name, s, f, count in (("full sequence, dense mask", full_s, full, batch * n * frames), ("cut after frame t", cut_s, cut, tokens)):
-        print(f"{name:34}{s:10.3f}{f / 1e12:8.3f}{f / s / 1e12:9.3f}{100 * f / s / peak:8.1f}%{count / s:10.0f}")
+    for name, s, flops, count in (("full sequence, dense mask", full_s, full, batch * n * frames),
+                                  ("cut after frame t", cut_s, cut, tokens)):
+        rate = flops / s
+        print(f"{name:34}{s:10.3f}{flops / 1e12:8.3f}{rate / 1e12:9.3f}{100 * rate / peak:8.1f}%{count / s:10.0f}")
     print(f"peak {peak / 1e12:.2f} TFLOP/s; {memory(device)}")
-    return dict(full_s=full_s, cut_s=cut_s, ratio=full_s / cut_s, ratio_flops=full / cut, peak_share=cut / cut_s / peak, tokens_per_s=tokens / cut_s)
+    return {"full_s": full_s, "cut_s": cut_s, "ratio": full_s / cut_s, "ratio_flops": full / cut,
+            "peak_share": cut / cut_s / peak, "tokens_per_s": tokens / cut_s}
 
 
+def measure(a):
+    """`sample` and `train` -> a dict of numbers."""
+    device, dtype, autocast = choose_hardware(a)
+    check_size(a.stride, a.frames, *a.size)
+    if a.frames <= a.stride[0]:
+        raise Bad(f"--frames {a.frames}: at least {1 + a.stride[0]} are needed")
+    grid, frames = (a.size[0] // a.stride[1], a.size[1] // a.stride[2]), 1 + (a.frames - 1) // a.stride[0]
+    torch.manual_seed(0)
+    torch.set_flush_denormal(True)
+    config = PRESETS[a.preset]["model"]
+    model = VideoMAR(config, Words(config.text_dim)).to(device)
+    print(f"{a.what}: {a.preset}, {frames} latent frames of {grid[0]}x{grid[1]} tokens, {device}, {dtype}, "
+          f"{torch.get_num_threads()} CPU threads")
+    if a.what == "train":
+        return bench_train(a, model, device, dtype, grid, frames)
+    with autocast:
+        return bench_sample(a, model, device, dtype, grid, frames)
+
+
+# ----------------------------------------------------------------------------------------------------------- plan
+def state_bytes(model, optimiser):
+    """Parameters, their gradients and average, and two moments of AdamW or one of Muon, all float32."""
+    by_muon = sum(p.numel() for p in muon_parameters(model, optimiser))
+    return 20 * sum(p.numel() for p in model.parameters()) - 4 * by_muon
+
+
+def activation_bytes(c, tokens, recompute):
+    """About what the backward pass of `tokens` tokens keeps: bfloat16, but the residual stream float32."""
+    kept = 4 * c.layers + 60 if recompute else 60 * c.layers  # bytes for each token and channel
+    return tokens * c.dim * kept
+
+
+def plan(a):
+    """What a training run takes -> a dict of numbers. The tokenizer and a pretrained text encoder are not counted."""
+    preset = PRESETS[a.preset]
+    c, training = preset["model"], preset["training"]
+    size, frames = a.size or training["size"], a.frames or training["frames"]
+    batch, optimiser = a.batch or training["batch"], a.optimiser or training["optimiser"]
+    steps, parts = stage_steps(frames, a.steps, preset["steps"]), a.parts or a.gpus
+    if batch % parts or parts % a.gpus:
+        raise Bad(f"--batch {batch} in --parts {parts} on --gpus {a.gpus}: each must be a multiple of the next")
+    for length in frames:
+        check_size(a.stride, length, *size)
+        if length <= a.stride[0]:
+            raise Bad(f"--frames {length}: at least {1 + a.stride[0]} are needed")
+    with torch.device("meta"):
+        model = VideoMAR(c, Words(c.text_dim))
+    count, words = (sum(p.numel() for p in module.parameters()) for module in (model, model.text))
+    print(f"model      {a.preset}, {count / 1e6:.1f} M parameters; {words / 1e6:.1f} M of them are the learned words, "
+          "which --text of train.py replaces")
+
+    n, total, by_stage = (size[0] // a.stride[1]) * (size[1] // a.stride[2]), 0, []
+    for stage, length in enumerate(frames):
+        t = 1 + (length - 1) // a.stride[0]
+        flops = mean_train_flops(c, n, t, batch, cut=True) + a.gpus * muon_flops(model, optimiser)  # each GPU does it
+        by_stage.append(flops)
+        total += steps[stage] * flops
+        print(f"stage {stage + 1}    {length} frames = {t} latent frames of {n} tokens, {steps[stage]} steps of "
+              f"{batch} clips, {batch * n * (t + 2) / 2:.0f} tokens and {flops:.3g} FLOPs a step in the mean")
+    state = state_bytes(model, optimiser)
+    tokens = batch // parts * n * (1 + (max(frames) - 1) // a.stride[0])
+    for shard in (1, a.gpus) if a.gpus > 1 and optimiser == "adamw" else (1,):
+        for recompute in (False, True):
+            print(f"memory     {state / shard / 2**30:8.2f} GiB of parameters, gradients and state + about "
+                  f"{activation_bytes(c, tokens, recompute) / 2**30:.2f} of activations a GPU"
+                  + ", --shard" * (shard > 1) + ", --recompute" * recompute)
+    days = total / a.gpus / a.rate / 86400
+    print(f"time       {total:.3g} FLOPs: {days:.3g} days on {a.gpus} GPUs at {a.rate:.3g} FLOP/s each")
+    return {"parameters": count, "flops": total, "flops_a_step": by_stage, "state_bytes": state, "days": days}
+
+
+# -------------------------------------------------------------------------------------------------------- options
 def options_parser():
-    p = argparse.ArgumentParser(description="Seconds, ratios and shares of the peak")
-    p.add_argument("what", choices=("sample", "train"))
-    p.add_argument("--preset", choices=PRESETS, default="toy")
-    p.add_argument("--size", type=parse_numbers, default=(128, 128), help="HEIGHTxWIDTH in pixels (128x128: 256 tokens a latent frame)")
-    p.add_argument("--frames", type=int, default=25, help="pixel frames (25)")
-    p.add_argument("--stride", type=lambda s: parse_numbers(s, "4x8x8"), default=(4, 8, 8))
-    p.add_argument("--batch", type=int, help="clips (1 to sample, 4 to train: the tokens of a default step)")
-    p.add_argument("--repeats", type=int, default=5, help="of which the medians are taken (5)")
-    p.add_argument("--ntp-steps", type=int, default=24, help="steps of next-token prediction that are timed (24)")
-    p.add_argument("--nocache-frames", type=int, default=10**6, help="latent frames that are timed without the cache (all)")
-    p.add_argument("--growth", action="store_true", help="also time 7, 13, 25 and 49 latent frames")
-    p.add_argument("--device")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"))
-    p.add_argument("--json", action="store_true", help="print the JSON line alone")
-    return p
+    parser = Parser(description="Seconds, ratios and shares of the peak; and what a training run takes.")
+    subparsers = parser.add_subparsers(dest="what", required=True)
+    sample = subparsers.add_parser("sample", help="the paper's Table 2 on this machine")
+    train = subparsers.add_parser("train", help="a training step, on the full sequence and on the cut one")
+    planned = subparsers.add_parser("plan", help="FLOPs, memory and days of a training run")
+    for command in (sample, train, planned):
+        command.add_argument("--preset", choices=PRESETS, default="toy", help="sizes of the model (toy)")
+        command.add_argument("--stride", type=sizes("4x8x8"), default=(4, 8, 8), help="of the tokenizer (4x8x8)")
+        command.add_argument("--json", action="store_true", help="print the JSON line alone (off)")
+    for command in (sample, train):
+        add = command.add_argument
+        add("--size", type=sizes("64x64"), default=(128, 128),
+            help="HEIGHTxWIDTH in pixels (128x128: 256 tokens a latent frame)")
+        add("--frames", type=number(int, 1), default=25, help="pixel frames (25)")
+        add("--batch", type=number(int, 1), help="clips (1 to sample; 4 to train, the tokens of a default step)")
+        add("--repeats", type=number(int, 1), default=5, help="of which the medians are taken (5)")
+        command.add_hardware()
+    add = sample.add_argument
+    add("--ntp-steps", type=number(int, 1), default=24, help="steps of next-token prediction that are timed (24)")
+    add("--nocache-frames", type=number(int, 2), default=10**6, help="latent frames that are timed without cache (all)")
+    add("--growth", action="store_true", help="also time 7, 13, 25 and 49 latent frames (off)")
+    add = planned.add_argument
+    add("--size", type=sizes("64x64"), help="HEIGHTxWIDTH in pixels (by the preset)")
+    add("--frames", type=sizes("5,13,25"), help="pixel frames of each stage (by the preset: 5,13,25)")
+    add("--steps", type=sizes("5,13,25"), help="one number for all stages or one for each (by the preset)")
+    add("--batch", type=number(int, 1), help="clips a step, over all GPUs (by the preset)")
+    add("--parts", type=number(int, 1), help="parts in which the batch is computed (one a GPU)")
+    add("--optimiser", choices=("adamw", "muon"), help="as of train.py (by the preset)")
+    add("--gpus", type=number(int, 1), default=1, help="how many (1)")
+    add("--rate", type=number(float, 1), default=4e14, help="FLOP/s that one GPU reaches (4e14)")
+    return parser
+
+
+def rounded(value):
+    return [rounded(one) for one in value] if isinstance(value, list) else float(f"{value:.6g}")
 
 
 def main():
     a = options_parser().parse_args()
-    check_size(a.stride, a.frames, *a.size)
-    check_options(a, batch=(1, 10**6), repeats=(1, 1000), ntp_steps=(1, 10**6), nocache_frames=(2, 10**6), frames=(1 + a.stride[0], 10**6))
-    device = choose_device(a.device)
-    a.dtype = choose_dtype(a.dtype, device)
-    grid, frames = (a.size[0] // a.stride[1], a.size[1] // a.stride[2]), 1 + (a.frames - 1) // a.stride[0]
-    torch.manual_seed(0)
-    torch.set_flush_denormal(True)
-    model = VideoMAR(PRESETS[a.preset], Words(PRESETS[a.preset].text_dim)).to(device)
-    out = sys.stdout
-    if a.json:
-        sys.stdout = open(os.devnull, "w")
-    print(f"{a.what}: {a.preset}, {frames} latent frames of {grid[0]}x{grid[1]} tokens, {device}, {str(a.dtype)[6:]}, {torch.get_num_threads()} CPU threads")
-    bench = bench_sample if a.what == "sample" else bench_train
-    with torch.autocast(device.type, a.dtype, enabled=a.dtype != torch.float32 and a.what == "sample"):
-        result = bench(a, model, device, grid, frames)
-    print(json.dumps({k: round(v, 4) for k, v in result.items()}), file=out)
+    with contextlib.redirect_stdout(open(os.devnull, "w") if a.json else sys.stdout):
+        result = plan(a) if a.what == "plan" else measure(a)
+    print(json.dumps({name: rounded(value) for name, value in result.items()}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
+import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data.files import save  # noqa: E402
-from tokenizer import Tokenizer, Words, pack  # noqa: E402
-from videomar import PRESETS, VideoMAR  # noqa: E402
+from sample import FORMAT  # noqa: E402
+from tokenizer import Tokenizer, Words  # noqa: E402
+from videomar import PRESETS, Sampling, VideoMAR  # noqa: E402
 
-TINY = replace(PRESETS["toy"], layers=2, dim=64, heads=2, head_dim=32, text_dim=16, unmask_steps=3, sample_steps=5)
+TINY = replace(PRESETS["toy"]["model"], layers=2, dim=64, heads=2, text_dim=16, diffusion_dim=32, snr_clip=math.inf)
+TINY_SAMPLING = Sampling(unmask_steps=3, diffusion_steps=5)  # the rest is the paper's: guided, progressive temperature
 
 
 def tiny_model(seed=0, **changes):
@@ -30,7 +33,7 @@ def tiny_model(seed=0, **changes):
 
 def tiny_tokenizer(stride=(4, 8, 8)):
     torch.manual_seed(0)
-    tokenizer = Tokenizer(stride, width=32, blocks=1)
+    tokenizer = Tokenizer(stride, width=32, blocks=2)
     for p in tokenizer.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.1)
@@ -45,12 +48,14 @@ def script(name, *args, env=None, timeout=240):
 
 @pytest.fixture(scope="session")
 def tiny_files(tmp_path_factory):
-    """A folder with tokenizer.pt and an exported ckpt.pt of a tiny untrained model."""
+    """A folder with tokenizer.pt, and ckpt.pt of a tiny untrained model."""
     folder = tmp_path_factory.mktemp("tiny")
-    packed, model = pack(tiny_tokenizer()), tiny_model()
+    packed, model = tiny_tokenizer().pack(), tiny_model()
     save(packed, folder / "tokenizer.pt")
-    save({"kind": "videomar", "config": vars(model.config), "tokenizer": packed, "step": 0, "ema": model.state_dict(),
-          "settings": {"frames": [9], "size": (16, 24)}}, folder / "ckpt.pt")
+    save({"kind": "videomar", "format": FORMAT, "config": asdict(model.config), "sampling": asdict(TINY_SAMPLING),
+          "tokenizer": packed, "text": None, "frames": (9,), "size": (16, 24), "files": None, "data": "drawn world",
+          "options": {"preset": "toy", "size": (16, 24), "text": None, "frames": (9,)},
+          "step": 0, "ema": model.state_dict()}, folder / "ckpt.pt")
     return folder
 
 

@@ -1,6 +1,6 @@
 """The README's assignments: each function blanked out in a copy turns its tests red, and nothing but it does.
 
-    python tests/test_assignments.py 3        blanks out exercise 3 in videomar.py; git checkout videomar.py brings it back
+    python tests/test_assignments.py 3    blanks out exercise 3 in videomar.py; git checkout videomar.py brings it back
 """
 import ast
 import os
@@ -16,7 +16,7 @@ EXERCISES = {  # functions of videomar.py, and the tests of tests/test_model.py 
     1: (["rope_angles", "rotate"], "rope"),
     2: (["frame_causal_attention"], "causal"),
     3: (["draw_mask_ratio", "unmask_counts"], "mask_ratio or unmask"),
-    4: (["DiffusionHead.modulations", "DiffusionHead.denoise"], "adaln"),
+    4: (["DiffusionMLP.modulations", "DiffusionMLP.denoise"], "adaln"),
     5: (["Diffusion.q_sample", "Diffusion.posterior"], "posterior"),
     6: (["VideoMAR.draw_masked"], "next_frame or frame_t"),
     7: (["VideoMAR.forward"], "cut_sequence"),
@@ -28,16 +28,17 @@ EXERCISES = {  # functions of videomar.py, and the tests of tests/test_model.py 
 
 def blank(source, names):
     """The source with the bodies of the named functions replaced by an error; docstrings stay."""
-    lines, missing = source.split("\n"), set(names)
-    for node in ast.walk(ast.parse(source)):
-        for f in getattr(node, "body", []) if isinstance(node, (ast.Module, ast.ClassDef)) else []:
-            name = f"{node.name}.{f.name}" if isinstance(node, ast.ClassDef) and isinstance(f, ast.FunctionDef) else getattr(f, "name", None)
-            if name in names:
-                body = f.body[1:] if ast.get_docstring(f) else f.body
-                indent = " " * f.body[0].col_offset
-                lines[body[0].lineno - 1:f.end_lineno] = [f'{indent}raise NotImplementedError("{name}: your turn")'] + [None] * (f.end_lineno - body[0].lineno)
-                missing.discard(name)
-    assert not missing, f"videomar.py has no {missing}"
+    lines = source.split("\n")
+    for name in names:
+        *owner, function = name.split(".")
+        nodes = ast.parse(source).body
+        for part in owner:  # the class
+            nodes = next(node.body for node in nodes if getattr(node, "name", None) == part)
+        node = next(node for node in nodes if getattr(node, "name", None) == function)
+        body = node.body[1:] if ast.get_docstring(node) else node.body
+        first, rest = body[0].lineno - 1, body[-1].end_lineno
+        lines[first:rest] = [f'{" " * body[0].col_offset}raise NotImplementedError("{name}: write this")']
+        lines[first + 1:first + 1] = [None] * (rest - first - 1)  # the numbers of later lines stay
     return "\n".join(line for line in lines if line is not None)
 
 
@@ -47,8 +48,11 @@ def command(exercise):
 
 def outcome(folder, exercise):
     """The exit code of the exercise's command in a folder: 0 green, 1 red; a hang or no such test is neither."""
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_model.py", "-k", EXERCISES[exercise][1]],
-                          cwd=folder, capture_output=True, timeout=120, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}).returncode
+    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_model.py"]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([*pytest, "-k", EXERCISES[exercise][1]], cwd=folder, capture_output=True, timeout=120,
+                          env=environment)
+    return done.returncode
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,7 @@ def test_the_readme_sets_them():
 
 
 if __name__ == "__main__":
-    path = ROOT / "videomar.py"
-    path.write_text(blank(path.read_text(), EXERCISES[int(sys.argv[1])][0]))
-    print(f"{path}: blanked out {', '.join(EXERCISES[int(sys.argv[1])][0])}; {command(int(sys.argv[1]))}")
+    path, exercise = ROOT / "videomar.py", int(sys.argv[1])
+    names, _ = EXERCISES[exercise]
+    path.write_text(blank(path.read_text(), names))
+    print(f"{path}: blanked out {', '.join(names)}; {command(exercise)}")

@@ -1,27 +1,30 @@
-"""The FLOPs that tests/bench.py divides by are those that torch counts; and it runs."""
+"""The FLOPs that tests/bench.py divides by are those that torch counts; its plan agrees with a run; and it runs."""
 import json
+import sys
 from dataclasses import replace
 
 import bench
 import pytest
 import torch
 import train
-from conftest import TINY, script
+from conftest import TINY, TINY_SAMPLING, script
 from torch.utils.flop_counter import FlopCounterMode
 
+import videomar
 from sample import generate
 from tokenizer import Words
-from videomar import VideoMAR
+from videomar import PRESETS, VideoMAR
 
 
 def test_flops_of_sampling_are_those_torch_counts():
-    config = replace(TINY, dim=128, heads=4, unmask_steps=5, sample_steps=3)
+    config, sampling = replace(TINY, dim=128, heads=4), replace(TINY_SAMPLING, unmask_steps=5, diffusion_steps=3)
     torch.manual_seed(0)
     model = VideoMAR(config, Words(config.text_dim)).eval()
     for how in ("cache", "nocache"):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            generate(model, torch.randn(1, 1, 4, 4, 16), [bench.CAPTION], 4, use_cache=how == "cache")
-        assert sum(bench.sample_flops(config, 16, 4, how)) == pytest.approx(counter.get_total_flops(), rel=0.03)
+            generate(model, torch.randn(1, 1, 4, 4, 16), [bench.CAPTION], 4, sampling, use_cache=how == "cache")
+        flops = sum(bench.sample_flops(config, sampling, 16, 4, how))
+        assert flops == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
 @pytest.mark.parametrize("cut", [True, False])
@@ -35,6 +38,12 @@ def test_flops_of_training_are_those_torch_counts(cut, monkeypatch):
     with FlopCounterMode(display=False) as counter:
         model(torch.randn(2, 4, 6, 6, 16), [bench.CAPTION] * 2, 2, cut=cut).backward()
     assert bench.train_flops(config, 36, 4, 2, 2, cut) == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+def test_the_mean_mask_ratio():
+    torch.manual_seed(0)
+    ratios = [videomar.draw_mask_ratio(TINY.mask_ratio) for _ in range(4000)]
+    assert sum(ratios) / len(ratios) == pytest.approx(bench.MASKED, abs=0.01)
 
 
 def test_flops_of_muon_are_those_torch_counts():
@@ -51,7 +60,72 @@ def test_flops_of_muon_are_those_torch_counts():
     ("sample", "ntp_s nocache_s cache_s cache_ratio cache_ratio_flops ntp_ratio peak_share s_per_latent_frame"),
     ("train", "full_s cut_s ratio ratio_flops peak_share tokens_per_s")])
 def test_bench_prints_one_json_line(folder, what, keys):
-    done = script("tests/bench.py", what, "--size", "16x16", "--frames", 9, "--repeats", 1, "--ntp-steps", 2, "--batch", 1)
+    args = ["--size", "16x16", "--frames", 9, "--repeats", 1, "--batch", 1, *["--ntp-steps", 2] * (what == "sample")]
+    done = script("tests/bench.py", what, *args)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.strip().split("\n")[-1])
     assert list(result) == keys.split() and all(v > 0 for v in result.values())
+
+
+# ----------------------------------------------------------------------------------------------------------- plan
+def plan(monkeypatch, capsys, *args):
+    """`bench.py plan` in this process -> what it prints above the JSON line, and the JSON."""
+    monkeypatch.setattr(sys, "argv", ["bench.py", "plan", *map(str, args)])
+    bench.main()
+    text, last = capsys.readouterr().out.strip().rsplit("\n", 1)
+    return text, json.loads(last)
+
+
+@pytest.mark.parametrize("optimiser", ["muon", "adamw"])
+def test_the_plan_agrees_with_a_run(folder, monkeypatch, tiny_files, capsys, optimiser):
+    """Bytes of parameters, gradients, average and optimiser state."""
+    tiny = {"model": TINY, "sampling": dict(unmask_steps=2, diffusion_steps=2)}
+    monkeypatch.setitem(PRESETS, "toy", {**PRESETS["toy"], **tiny})
+    args = ["--size", "16x16", "--frames", 5, "--steps", 1, "--batch", 2, "--optimiser", optimiser]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args), "--tokenizer", str(tiny_files / "tokenizer.pt")])
+    train.main()
+    capsys.readouterr()
+    state = torch.load("out/ckpt.pt", weights_only=True)
+    moments = sum(value.numel() for values in state["optimiser"]["state"].values()
+                  for value in values.values() if torch.is_tensor(value))
+    parameters = sum(value.numel() for value in state["model"].values())
+    text, result = plan(monkeypatch, capsys, *args, "--gpus", 2)
+    assert result["state_bytes"] == pytest.approx(4 * (3 * parameters + moments), rel=0.02)
+    assert result["parameters"] == parameters and "days on 2 GPUs" in text
+    assert ("--shard" in text) == (optimiser == "adamw")  # Muon takes whole matrices
+
+
+def test_the_plan_of_the_paper(monkeypatch, capsys):
+    """1.4 billion parameters are not allocated. FLOPs are those that `train` divides by, steps are the preset's."""
+    monkeypatch.setattr(torch.nn.init, "xavier_uniform_", meta_only(torch.nn.init.xavier_uniform_))
+    _, result = plan(monkeypatch, capsys, "--preset", "paper", "--batch", 512, "--gpus", 64, "--rate", 4e14)
+    config = PRESETS["paper"]["model"]
+    flops = [bench.mean_train_flops(config, 1024, t, 512, True) for t in (2, 4, 7)]
+    assert result["flops_a_step"] == pytest.approx(flops, rel=1e-5)
+    total = sum(count * one for count, one in zip(PRESETS["paper"]["steps"].values(), flops))
+    assert result["days"] == pytest.approx(total / 64 / 4e14 / 86400, rel=1e-4)
+    assert result["parameters"] == pytest.approx(1.44e9, rel=0.01)
+    _, twice = plan(monkeypatch, capsys, "--preset", "paper", "--batch", 512, "--gpus", 64, "--rate", 8e14)
+    assert twice["days"] == pytest.approx(result["days"] / 2, rel=1e-4)
+    _, half = plan(monkeypatch, capsys, "--preset", "paper", "--batch", 512, "--gpus", 64, "--frames", 5, "--steps", 7)
+    assert half["flops"] == pytest.approx(7 * flops[0], rel=1e-4)
+
+
+def meta_only(function):
+    def checked(tensor, *args, **kwargs):
+        assert tensor.is_meta
+        return function(tensor, *args, **kwargs)
+    return checked
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--frames", "5,13", "--steps", "1,2,3"], ["--steps", "3 numbers"]),
+    (["--gpus", "3"], ["--batch 16", "--gpus 3"]),
+    (["--frames", "1"], ["--frames 1", "5"]),
+    (["--size", "60x64"], ["60x64", "64x64"])])
+def test_a_plan_that_train_would_refuse(monkeypatch, capsys, args, words):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "plan", *args])
+    with pytest.raises(SystemExit) as end:
+        bench.run(bench.main)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and all(word in error for word in words)
