@@ -137,7 +137,8 @@ def test_what_a_checkpoint_was_trained_on_is_told(folder, tiny_files, monkeypatc
     (["--clips", "1", "--out", "a.txt"], ["a.txt", ".gif"]),
     (["--prompts", "list.csv", "--prompt", "a"], ["--prompts", "--prompt"]),
     (["--prompts", "list.csv", "--out", "a.gif"], ["a.gif", "folder"]),
-    (["--prompts", "nowhere.csv"], ["nowhere.csv", "image,prompt"])])
+    pytest.param(["--prompts", "nowhere.csv"], ["nowhere.csv", "image,prompt"],
+                 marks=pytest.mark.skipif(not HAS_AV, reason="needs av"))])
 def test_bad_input_is_one_line(folder, tiny_files, monkeypatch, capsys, args, words):
     code, _, err = call(monkeypatch, capsys, "--ckpt", tiny_files / "ckpt.pt", *args)
     assert code == 2 and err.count("\n") == 1 and all(word in err for word in words), err
