@@ -3,7 +3,7 @@ import importlib.util
 import json
 import os
 import shutil
-import sys
+from functools import partial
 
 import evaluate
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import TINY_SAMPLING, tiny_model, tiny_tokenizer
 from PIL import Image
+from test_cli import call as call_script
 
 from data import world
 from data.files import save
@@ -18,17 +19,7 @@ from data.video import psnr, read_clip, to_float
 
 HAS_AV = importlib.util.find_spec("av") is not None
 MOVING = "star", "red", "moves right slowly", 0.4, 0.5, 0.18  # the sprite of the true clips below
-
-
-def call(monkeypatch, capsys, *args):
-    """evaluate.py's main in this process -> exit code, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args)])
-    try:
-        evaluate.run(evaluate.main)
-        code = 0
-    except SystemExit as e:
-        code = e.code
-    return code, *capsys.readouterr()
+call = partial(call_script, module=evaluate)  # evaluate.py's main in this process -> exit code, stdout, stderr
 
 
 # -------------------------------------------------------------------------------------- what the pixels tell
