@@ -64,7 +64,7 @@ def scene(seed, height=64, width=64, held_out=False):
         for _ in range(1000):
             r = rng.uniform(0.12, 0.19)
             x, y = rng.uniform(r, np.array([width, height]) / min(height, width) - r)
-            new = Sprite(SHAPES[rng.integers(6)], str(colours[k]), MOTIONS[rng.integers(20)], x, y, r)
+            new = Sprite(str(rng.choice(SHAPES)), str(colours[k]), str(rng.choice(MOTIONS)), x, y, r)
             apart = all(np.hypot(s.x - x, s.y - y) > s.r + r for s in sprites)
             if apart and new.held_out() == held_out:
                 break
