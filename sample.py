@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from os.path import relpath
 from pathlib import Path
 
+import data  # before torch, for Ctrl-C
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -101,7 +102,7 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
 def load_checkpoint(path):
     """A file of train.py as a dict. Raises Bad."""
     checkpoint = load(path, "videomar")
-    if checkpoint.get("format") != FORMAT:
+    if checkpoint.get("format") != FORMAT or "tokenizer" not in checkpoint:
         raise Bad(f"{path}: a checkpoint of another version of this code; train one with train.py")
     return checkpoint
 
@@ -132,7 +133,7 @@ def load_model(path, device="cpu", dtype=torch.float32, text=None, tokenizer=Non
     """A checkpoint of train.py -> model, tokenizer, the checkpoint. tokenizer: path of one with the same tokens."""
     checkpoint = load_checkpoint(path)
     model = build_model(checkpoint, path, device, dtype, text)
-    tokenizer = open_tokenizer(tokenizer, checkpoint["tokenizer"], device)
+    tokenizer = open_tokenizer(tokenizer, checkpoint["tokenizer"], device, path)
     check_tokens(tokenizer, checkpoint["tokenizer"], path)
     return model, tokenizer, checkpoint
 
@@ -173,7 +174,7 @@ def options_parser():
     region.add_argument("--box", type=y0_x0_y1_x1, help="pixels such as 0,0,32,64: make these of --video anew (none)")
     region.add_argument("--mask", type=Path, help="the same with a picture, white where --video is made anew (none)")
     add = parser.add_argument
-    add("--context", type=number(int, 1), help="latent frames of --video that are given (2)")
+    region.add_argument("--context", type=number(int, 1), help="latent frames of --video that are given (2)")
     add("--prompt", help="what happens (the text in NAME.txt beside the picture)")
     add("--then", nargs=2, action="append", default=[], metavar=("FRAME", "PROMPT"),
         help="another prompt from this pixel frame on (none)")
@@ -209,7 +210,7 @@ def kept_tokens(a, size, stride):
         region[a.box] = True
     if not region.any():
         raise Bad(f"--box, --mask: no pixel of {size[0]}x{size[1]} is marked; give y0,x0,y1,x1, or paint it white")
-    return F.max_pool2d(region[None, None].float(), stride[1:])[0, 0] == 0
+    return F.max_pool2d(region[None].float(), stride[1:])[0] == 0
 
 
 def check(a):
@@ -244,13 +245,13 @@ def main():
     device, stride, edit = next(model.parameters()).device, tokenizer.stride[0], a.box or a.mask
     latent_frames = 1 + (frames - 1) // stride
     n_given = latent_frames if edit else 1 if a.img else a.context or 2 if a.video else 0
+    pixel_frames = 1 + stride * (n_given - 1)  # that are given
     if n_given >= latent_frames and not edit:
-        given = 1 + stride * (n_given - 1)
-        raise Bad(f"--frames {frames}: {given} are given already; ask for {given + stride} or more")
+        raise Bad(f"--frames {frames}: {pixel_frames} are given already; ask for {pixel_frames + stride} or more")
     source = find(a.img or a.video or Path("clip")).resolve()  # "." has a name, too
     prompt = a.prompt if a.prompt is not None else caption_of(source)
     print(f"prompt: {prompt[:200]!r}" + (f" (beside {relpath(source)})" if prompt and a.prompt is None else ""))
-    out = a.out or Path("out") / f"{source.stem}.gif"
+    out = a.out or Path(f"out/{source.stem}.gif")
     paths = [out if a.n == 1 else out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(a.n)]
     strip = out.with_name(f"{out.stem}-strip.png")
     for path in (find(p).resolve() for p in (a.img, a.video, a.mask) if p):
@@ -262,7 +263,7 @@ def main():
     start = time.time()
     with torch.no_grad(), autocast:
         if n_given:
-            pixels = torch.from_numpy(read_clip(source, size, 1 + stride * (n_given - 1)))
+            pixels = torch.from_numpy(read_clip(source, size, pixel_frames))
         else:
             pixels = torch.zeros(1, *size, 3)
         given = tokenizer.encode(to_float(pixels[None].to(device)))[:, :n_given].repeat(a.n, 1, 1, 1, 1)

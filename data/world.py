@@ -12,7 +12,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for this file as a script
 
 import numpy as np
-import torch
 
 from data.files import run
 from data.video import Source, write_video
@@ -183,10 +182,8 @@ class World(Source):
     sampling = {"cfg": 1.5, "temperature": 0.0}
     training = {"noise": 0.15, "frame0": 0.05}
 
-    def batch(self, seeds, frames, size, length=None, change_until=0, held_out=False):
-        """-> video uint8 (batch, frames, H, W, 3), captions."""
-        clips, captions = zip(*(clip(seed, frames, *size, held_out, change_until) for seed in seeds))
-        return torch.from_numpy(np.stack(clips)), list(captions)
+    def draw(self, seed, frames, size, length=None, change_until=0, held_out=False):
+        return clip(seed, frames, *size, held_out, change_until)
 
     def held_out(self, count, frames, size):
         return self.batch(range(count), frames, size, held_out=True)
