@@ -147,12 +147,15 @@ def test_rotating_is_multiplying_complex_numbers():
 @torch.no_grad()
 @pytest.mark.parametrize("position", ["rope", "absolute"])
 def test_what_the_blocks_are_given(position):
-    """Tokens, the learned [MASK] where one is masked, whatever its value is; and their positions, by the config."""
+    """Tokens, the learned [MASK] where one is masked, whatever its value is; and their positions, by the config. What
+    they give is normalised."""
     model, x, seen = tiny_model(position=position, rope_top=0.7, rope_base=20.0), clip(), []
     for block in model.blocks:
         block.register_forward_pre_hook(lambda module, args: seen.append(args))
-    masked = torch.rand(x.shape[:4]) < 0.5
-    hidden(model, x, masked=masked, start=5)
+    block.register_forward_hook(lambda module, args, out: last.append(out))
+    masked, last = torch.rand(x.shape[:4]) < 0.5, []
+    states = hidden(model, x, masked=masked, start=5)
+    assert torch.equal(states, model.norm(last[0]))
     tokens, masked, places = model.token_in(x.flatten(1, 3)), masked.flatten(1), grid_positions(5, 4, *GRID)
     tokens[masked] = model.mask_token
     if position == "rope":
