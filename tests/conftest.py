@@ -53,8 +53,8 @@ def tiny_files(tmp_path_factory):
     packed, model = tiny_tokenizer().pack(), tiny_model()
     save(packed, folder / "tokenizer.pt")
     save({"kind": "videomar", "format": FORMAT, "config": asdict(model.config), "sampling": asdict(TINY_SAMPLING),
-          "tokenizer": packed, "text": None, "frames": (9,), "size": (16, 24), "files": None, "data": "drawn world",
-          "options": {"preset": "toy", "size": (16, 24), "text": None, "frames": (9,)},
+          "tokenizer": packed, "text": None, "frames": (5, 9), "size": (16, 24), "files": None, "data": "drawn world",
+          "options": {"preset": "toy", "size": (16, 24), "text": None, "frames": (5, 9)},
           "step": 0, "ema": model.state_dict()}, folder / "ckpt.pt")
     return folder
 

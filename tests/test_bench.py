@@ -16,15 +16,53 @@ from tokenizer import Words
 from videomar import PRESETS, VideoMAR
 
 
-def test_flops_of_sampling_are_those_torch_counts():
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["cache", "nocache"])
+def test_flops_of_sampling_are_those_torch_counts(how):
+    """To the last one, but for reading the text once and the projection of the tokens, which are not counted."""
     config, sampling = replace(TINY, dim=128, heads=4), replace(TINY_SAMPLING, unmask_steps=5, diffusion_steps=3)
     torch.manual_seed(0)
+    model, n = VideoMAR(config, Words(config.text_dim)).eval(), 16
+    with FlopCounterMode(display=False) as text:
+        model.read_text([bench.CAPTION] * 2, torch.tensor([False, True]))
+    with FlopCounterMode(display=False) as counter:
+        generate(model, torch.randn(1, 1, 4, 4, 16), [bench.CAPTION], 4, sampling, use_cache=how == "cache")
+    steps = len(videomar.unmask_counts(n, 5))
+    tokens = n * (3 * steps + 3) if how == "cache" else n * steps * (2 + 3 + 4)
+    flops = sum(bench.sample_flops(config, sampling, n, 4, how)) + 2 * 2 * 16 * 128 * tokens
+    assert counter.get_total_flops() - text.get_total_flops() == pytest.approx(flops, rel=1e-9)
+
+
+def test_flops_of_next_token_prediction():
+    """A step for each token, which reads all earlier ones and, in the mean, half of itself."""
+    n, frames = 6, 3
+    weights, attention, mlp = bench.sample_flops(TINY, replace(TINY_SAMPLING, diffusion_steps=5), n, frames, "ntp")
+    passes = [bench.backbone_flops(TINY, 1, keys + 0.5, 1, keys + 0.5) for keys in range(n, n * frames)]
+    assert (weights, attention) == pytest.approx([2 * sum(part) for part in zip(*passes)])
+    assert mlp == bench.diffusion_flops(TINY, 2 * 5 * 12, 2 * 12, 5 * 12)
+
+
+@torch.no_grad()
+def test_flops_of_the_parts_are_those_torch_counts():
+    """To the last one: the backbone for two chosen tokens of the fourth frame, the diffusion MLP in both its ways."""
+    config, n = replace(TINY, layers=3), 6
     model = VideoMAR(config, Words(config.text_dim)).eval()
-    for how in ("cache", "nocache"):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            generate(model, torch.randn(1, 1, 4, 4, 16), [bench.CAPTION], 4, sampling, use_cache=how == "cache")
-        flops = sum(bench.sample_flops(config, sampling, 16, 4, how))
-        assert flops == pytest.approx(counter.get_total_flops(), rel=0.03)
+    text = model.read_text(["a red cat"] * 2, torch.tensor([False, True]))  # eight words with the padding
+    x, masked, chosen = torch.randn(2, 4 * n, 16), torch.zeros(2, 4 * n, dtype=torch.bool), torch.tensor([[18, 20]] * 2)
+    with FlopCounterMode(display=False) as counter:
+        model.hidden(x, masked, text, (2, 3), chosen=chosen, in_last_frame=True)
+    flops = sum(bench.backbone_flops(config, 4 * n, n * n * (1 + 2 + 3 + 4), 2, 4 * n, words=8))
+    tokens_in = 2 * config.channels * config.dim * 4 * n
+    assert counter.get_total_flops() == 2 * (flops + tokens_in)
+    x, z, timesteps = torch.randn(5, 16), torch.randn(5, 64), torch.arange(7)
+    with FlopCounterMode(display=False) as counter:
+        net = model.diffusion_mlp.given(z, timesteps)
+        for i in range(7):
+            net(x, i)
+    assert counter.get_total_flops() == bench.diffusion_flops(config, 5 * 7, 5, 7)
+    with FlopCounterMode(display=False) as counter:
+        model.diffusion_mlp(x, timesteps[:5], z)
+    assert counter.get_total_flops() == bench.diffusion_flops(config, 5, 5, 5)
 
 
 @pytest.mark.parametrize("cut", [True, False])
@@ -37,7 +75,9 @@ def test_flops_of_training_are_those_torch_counts(cut, monkeypatch):
         monkeypatch.setattr(bench.videomar, "frame_causal_attention", bench.dense_attention)
     with FlopCounterMode(display=False) as counter:
         model(torch.randn(2, 4, 6, 6, 16), [bench.CAPTION] * 2, 2, cut=cut).backward()
-    assert bench.train_flops(config, 36, 4, 2, 2, cut) == pytest.approx(counter.get_total_flops(), rel=0.03)
+    flops = [bench.train_flops(config, 36, 4, t, 2, cut) for t in (1, 2, 3)]
+    assert flops[1] == pytest.approx(counter.get_total_flops(), rel=0.03)
+    assert bench.mean_train_flops(config, 36, 4, 2, cut) == pytest.approx(sum(flops) / 3)
 
 
 def test_the_mean_mask_ratio():

@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, script
+from conftest import ROOT, TINY, TINY_SAMPLING, script
 from PIL import Image, ImageSequence
 
 import sample
@@ -80,15 +81,36 @@ def test_seed_and_cache(tiny):
     assert not np.array_equal(frames_of("e-0.png"), frames_of("e-1.png"))
 
 
-def test_options_change_the_clip_and_its_shape(tiny):
+def test_options_change_the_shape_of_the_clip(tiny):
     code, _, err = tiny("--img", "cat.png", "--out", "a.png", "--frames", 13, "--size", "32x16", "--scale", 3)
     assert code == 0 and frames_of("a.png").shape == (13, 96, 48, 3), err
-    base = None
-    for args in ([], ["--cfg", 1], ["--temperature", 0.9], ["--steps", 1], ["--diffusion-steps", 2]):
-        assert tiny("--img", "cat.png", "--prompt", "a cat", "--out", "b.png", *args)[0] == 0
-        now = frames_of("b.png")
-        assert base is None or not np.array_equal(base, now), args
-        base = now if base is None else base
+
+
+def test_what_the_sampler_is_given(tiny, tiny_files, folder, monkeypatch, capsys):
+    """What is not told comes from the checkpoint, and 0 is told; --then counts pixel frames."""
+    write_video(folder / "clip.png", world.clip(0, 9, 16, 24)[0], 12)
+    seen = []
+
+    def generate(model, given, captions, frames, sampling, use_cache, then, keep, progress):
+        seen.append((given.shape[:2], captions, frames, sampling, use_cache, then))
+        return torch.zeros(len(given), frames, 2, 3, 16)
+
+    monkeypatch.setattr(sample, "generate", generate)
+
+    def given_by(*args):
+        assert tiny(*args, "--prompt", "a", "--out", "a.png")[0] == 0
+        return seen[-1]
+
+    assert given_by(*CAT) == ((1, 1), ["a"], 3, TINY_SAMPLING, True, {})
+    numbers = ["--cfg", 0, "--temperature", 0, "--steps", 2, "--diffusion-steps", 4]
+    sampling = replace(TINY_SAMPLING, cfg=0, temperature=0, unmask_steps=2, diffusion_steps=4)
+    assert given_by(*CAT, *numbers, "--n", 2, "--no-cache") == ((2, 1), ["a", "a"], 3, sampling, False, {})
+    for args, given in (([], 0), (["--video", "clip.png"], 2), (["--video", "clip.png", "--context", 1], 1)):
+        assert given_by(*args)[0] == (1, given)
+    for frame, t in ((1, 1), (4, 1), (5, 2), (8, 2)):
+        assert given_by(*CAT, "--then", frame, "b")[-1] == {t: ["b"]}
+    assert call(monkeypatch, capsys, *CAT, "--ckpt", tiny_files / "ckpt.pt", "--out", "large.png")[0] == 0
+    assert frames_of("large.png").shape == (9, 256, 384, 3)  # the short side is at least 256
 
 
 def test_video_is_continued_after_its_context(tiny, folder):

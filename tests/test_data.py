@@ -23,7 +23,7 @@ import train
 from data import world
 from data.files import Bad, save
 from data.latents import Latents, open_source, write_latents
-from data.video import Folder, read_ahead, read_clip, to_float, write_video
+from data.video import Folder, psnr, read_ahead, read_clip, to_float, to_uint8, write_video
 
 HAS_AV = importlib.util.find_spec("av") is not None
 SIZE = (16, 24)
@@ -53,7 +53,19 @@ def encode(clips, out, net, frames, size, **options):
     write_latents(Folder(clips), out, net, frames, size, "cpu", **options)
 
 
-def test_a_folder_of_clips(folder, capsys):
+def test_pixels_by_hand():
+    """0 ... 255 are -1 ... 1 and back, rounded and clamped; the PSNR of each clip is of a range of 2, at most 50 dB."""
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16, 1).expand(-1, -1, -1, -1, 3)
+    video = to_float(levels)
+    assert video.shape == (1, 3, 1, 16, 16) and (video.min(), video.max()) == (-1, 1)
+    assert np.array_equal(to_uint8(video[0]), levels[0])
+    assert to_uint8(torch.tensor([-3, 0.003, 3]).view(3, 1, 1, 1)).flatten().tolist() == [0, 128, 255]
+    truth = torch.ones(4, 3, 2, 4, 4)
+    errors = torch.tensor([-0.1, 0.0, -0.5, 7.0]).view(4, 1, 1, 1, 1)
+    assert psnr(truth + errors, truth).tolist() == pytest.approx([26.0206, 50, 12.0412, 50], abs=0.02)
+
+
+def test_a_folder_of_clips(folder, monkeypatch):
     source = Folder(fill(folder / "clips"))
     assert "4 clips, 4 captions" in source.about
     truth = {caption: video for video, caption in (world.clip(i, 9, *SIZE) for i in range(4))}
@@ -69,6 +81,9 @@ def test_a_folder_of_clips(folder, capsys):
         errors = abs(clip[0].numpy().astype(int) - truth[caption][:5]).mean((1, 2, 3))
         starts.add(int(errors.argmin()))
     assert len(starts) > 2  # clips start anywhere
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "batch", lambda seeds, *args: seeds)
+        assert source.held_out(4, 5, SIZE)[0] >= 2**62  # --seed is below 2^22, and a run has 2^40 seeds
     shutil.copytree(folder / "clips", folder / "clips/.hidden")
     shutil.copy(folder / "clips/clip0.gif", folder / "clips/.part-clip0.gif")  # as a kill while writing leaves it
     assert Folder(folder / "clips").clips == source.clips and Folder(folder / "clips").files == source.files
@@ -260,6 +275,8 @@ def test_reading_ahead_changes_nothing_but_the_time():
     ahead = read_ahead(ask, range(1000), 4)
     assert [next(ahead), next(ahead)] == [0, 1] and len(asked) <= 6  # no more than the threads: memory is bounded
     ahead.close()
+    together = threading.Barrier(3)
+    assert len([*read_ahead(lambda i: together.wait(5), range(6), 3)]) == 6  # three at once
     failing = read_ahead(lambda i: 1 // (2 - i), range(9), 3)
     assert [next(failing), next(failing)] == [0, 1]
     with pytest.raises(ZeroDivisionError):
@@ -346,6 +363,7 @@ def test_latents_once(folder, monkeypatch, tiny_files, capsys):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
         encode(folder / "clips", folder / "ranks", net, 9, SIZE, each=3)
+        assert len([*(folder / "ranks").glob("latents-*")]) == {"1": 1, "0": 3}[rank]  # each does its own
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("WORLD_SIZE")
     for name in sorted(os.listdir("whole")):
@@ -373,6 +391,17 @@ def test_latents_once(folder, monkeypatch, tiny_files, capsys):
     with pytest.raises(Bad, match="its tokens are|other clips"):  # the same ones, in tokens the weights do not know
         run_train(monkeypatch, "--resume", "--out", "run", "--steps", 4, "--data", "other")
     assert run_train(monkeypatch, "--resume", "--out", "run", "--steps", 4) == 0
+
+
+@torch.no_grad()
+def test_latents_are_of_the_middle_of_a_clip(folder):
+    """In half precision."""
+    video, net = world.clip(0, 13, *SIZE)[0], tiny_tokenizer()
+    write_video(folder / "clips/a", video, 12)
+    encode(folder / "clips", folder / "latents", net, 5, SIZE)
+    latents = np.load("latents/latents-00000.npy")
+    want = net.encode(to_float(torch.from_numpy(video[None, 4:9])))
+    assert latents.dtype == np.float16 and np.allclose(latents, want, atol=0.01)
 
 
 def test_latents_of_other_clips_are_not_mixed(folder, monkeypatch):

@@ -41,6 +41,14 @@ def test_measures_see_the_one_thing_that_is_wrong(name, wrong, right, got):
     assert evaluate.measure(other, video, truth)[i] == pytest.approx(got, rel=0.15, abs=0.01)
 
 
+def test_motion_error_begins_with_the_first_frame_that_is_made():
+    video, other = (world.render(scene_of((*MOVING[:2], f"moves {way} slowly", 0.4, 0.5, 0.18)), 13, 64, 64)
+                    for way in ("right", "left"))
+    i = evaluate.MEASURES.index("motion_error")
+    for first, frames in ((1, 6.5), (7, 9.5)):  # the mean of first ... 12
+        assert evaluate.measure(other, video, scene_of(MOVING), first)[i] == pytest.approx(64 * 0.02 * frames, rel=0.03)
+
+
 def test_background_is_measured_where_no_sprite_is():
     truth = scene_of(MOVING)
     video = world.render(truth, 5, 64, 64)
@@ -57,11 +65,38 @@ def test_a_hidden_sprite_is_not_found():
     assert (shape, colour, degree) == (0, 0, 0) and error > 3
 
 
-def test_dynamic_degree_does_not_apply_where_nothing_moves():
-    truth = scene_of(("star", "red", "stays still", 0.4, 0.5, 0.18))
+@pytest.mark.parametrize("motion", ["stays still", "grows"])
+def test_dynamic_degree_does_not_apply_where_nothing_moves(motion):
+    truth = scene_of(("heart", "red", motion, 0.4, 0.5, 0.18))
     video = world.render(truth, 9, 64, 64)
     measures = dict(zip(evaluate.MEASURES, evaluate.measure(video, video, truth)))
-    assert np.isnan(measures["dynamic_degree"]) and np.isnan(measures["smoothness"]) and measures["shape"] == 1
+    assert np.isnan(measures["dynamic_degree"]) and np.isnan(measures["smoothness"]) == (motion == "stays still")
+
+
+@pytest.mark.parametrize("shape", world.SHAPES)
+@pytest.mark.parametrize("motion", ["spins", "grows", "shrinks"])
+def test_a_shape_is_known_turned_and_in_every_size(shape, motion):
+    truth = scene_of((shape, "red", motion, 0.4, 0.5, 0.18))
+    video = world.render(truth, 11, 64, 64)
+    assert evaluate.measure(video, video, truth)[0] == 1
+
+
+def test_a_path_is_measured_from_every_fourth_frame():
+    y = np.array([0, 9, 0, 9, 3, 9, 9, 0, 0.0])  # 3 up and 3 down, 4 to the right each time
+    assert evaluate.path_length(np.stack([y, np.arange(9)], -1)[None]) == 10
+
+
+def test_the_report_by_hand(capsys):
+    """Means over clips and frames, the error of the mean over clips, and what applies to some clips or to none."""
+    psnrs = torch.tensor([[[19, 21], [10, 12], [34, 36]], [[28, 32], [18, 20], [34, 36.0]]])
+    measures = np.ones((2, 3, 6))
+    measures[:, 0] = [[0, 1, 2, 3, np.nan, np.nan], [1, 1, 4, 5, 6, np.nan]]
+    result = evaluate.report(psnrs, measures, 1, 7.0)
+    want = dict(clips=2, psnr=25, psnr_copy=15, psnr_tokenizer=35, gap_closed=0.5, seconds=7, psnr_error=5 / 2**0.5)
+    assert {name: result[name] for name in want} == pytest.approx(want, abs=1e-4)
+    assert [result[name] for name in evaluate.MEASURES] == [0.5, 1, 3, 4, 6, None]
+    assert result["psnr_by_frame"] == [23.5, 26.5]
+    assert "3.00 ± 0.71" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------- evaluation
@@ -90,26 +125,34 @@ def test_the_last_line_is_json_and_agrees_with_the_table(folder, tiny_files, mon
 
 
 @torch.no_grad()
-def test_scores_are_of_held_out_clips(folder, capsys):
+@pytest.mark.parametrize("context, last, spans, prompt", [
+    (1, 0, (slice(1, 5), slice(5, 9)), None), (2, 4, (slice(5, 9),), "a cat")])
+def test_scores_are_of_held_out_clips(folder, monkeypatch, context, last, spans, prompt):
     """A sampler that knew the future would score as the tokenizer alone; the repeated picture is scored by hand."""
-    tokenizer, count = tiny_tokenizer(), 3
-    truth = to_float(world.World().held_out(count, 9, (16, 24))[0])
-    seen = []
+    tokenizer, count, size, real = tiny_tokenizer(), 3, (16, 24), evaluate.measure
+    clips, captions = world.World().held_out(count, 9, size)
+    truth, seen, measured = to_float(clips), [], []
 
     def perfect(model, given, captions, frames, sampling, use_cache):
         seen.extend(captions)
-        first = len(seen) - len(captions)
-        return tokenizer.encode(truth[first:len(seen)])
+        tokens = tokenizer.encode(truth[len(seen) - len(captions):len(seen)])
+        assert torch.equal(given, tokens[:, :context]) and frames == 3 and not use_cache
+        return tokens
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "generate", perfect)
-        out = folder / "a.gif"
-        result = evaluate.evaluate(tiny_model(), tokenizer, count, 9, (16, 24), TINY_SAMPLING, out, batch=2)
-    assert seen == world.World().held_out(count, 9, (16, 24))[1]  # the last batch is smaller
+    def measure(video, true, scene, first):
+        measured.append((scene, first))
+        return real(video, true, scene, first)
+
+    monkeypatch.setattr(evaluate, "generate", perfect)
+    monkeypatch.setattr(evaluate, "measure", measure)
+    args = TINY_SAMPLING, folder / "a.gif", context, prompt, 12, False
+    result = evaluate.evaluate(tiny_model(), tokenizer, count, 9, size, *args, batch=2)
+    assert seen == ([prompt] * count if prompt else captions)  # the last batch is smaller
+    assert measured == [(world.scene(i, *size, held_out=True), last + 1) for i in range(count) for _ in range(3)]
     assert result["gap_closed"] == 1 and result["psnr"] == result["psnr_tokenizer"]
-    spans = slice(1, 5), slice(5, 9)
-    by_hand = np.mean([psnr(truth[:, :, :1].expand(-1, -1, 4, -1, -1), truth[:, :, span]).mean() for span in spans])
-    assert result["psnr_copy"] == pytest.approx(by_hand, abs=1e-3)
+    repeated = truth[:, :, last:last + 1].expand(-1, -1, 4, -1, -1)
+    by_hand = torch.stack([psnr(repeated, truth[:, :, span]) for span in spans], 1).mean(1)
+    assert result["psnr_copy"] == pytest.approx(by_hand.mean().item(), abs=1e-3)
 
 
 def test_what_a_checkpoint_was_trained_on_is_told(folder, tiny_files, monkeypatch, capsys):
@@ -143,7 +186,7 @@ def prompts(folder, tiny_files, monkeypatch, capsys):
 
     def make(rows, *args):
         (folder / "list.csv").write_text(f"image,prompt\n{rows}")
-        args = ["--ckpt", tiny_files / "ckpt.pt", "--prompts", "list.csv", "--scale", 2, *args]
+        args = ["--ckpt", tiny_files / "ckpt.pt", "--prompts", "list.csv", "--scale", 2, "--seed", 3, *args]
         return call(monkeypatch, capsys, *args)
     return make
 
@@ -152,8 +195,12 @@ def prompts(folder, tiny_files, monkeypatch, capsys):
 def test_a_list_of_prompts(folder, prompts, monkeypatch):
     """VBench's names; what is there stays; two ranks make what one makes."""
     rows = 'a.png,"a red cat, a/b"\ncat.png,it moves\n'
-    code, out, err = prompts(rows, "--out", "one")
+    seeds, real = [], torch.manual_seed
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or real(seed))
+        code, out, err = prompts(rows, "--out", "one")
     assert code == 0 and "wrote 10 clips" in out, err
+    assert seeds[-2:] == [3 * 2**20, 3 * 2**20 + 1]  # of two batches
     names = sorted(f"{prompt}-{i}.mp4" for prompt in ("a red cat, a_b", "it moves") for i in range(5))
     assert sorted(os.listdir("one")) == names
 

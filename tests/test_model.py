@@ -1,10 +1,11 @@
 """The properties of the method, each by a test that fails when the property is broken."""
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TINY, TINY_SAMPLING, tiny_model
 from PIL import Image
 from torch.distributions import Normal, kl_divergence
@@ -13,8 +14,8 @@ import sample
 import videomar
 from sample import generate, kept_tokens, options_parser
 from tokenizer import Words
-from videomar import (PRESETS, Cache, Diffusion, VideoMAR, draw_mask_ratio, grid_positions, progressive_temperature,
-                      rope_angles, rotate, unmask_counts)
+from videomar import (PRESETS, Cache, Config, Diffusion, Sampling, VideoMAR, absolute_code, draw_mask_ratio,
+                      grid_positions, look_beside, progressive_temperature, rope_angles, rotate, unmask_counts)
 
 GRID, N = (2, 3), 6
 CAPTIONS = ["a red cat moves left", "a blue star spins on a green background"]
@@ -42,6 +43,31 @@ def test_presets_count():
         toy = VideoMAR(PRESETS["toy"]["model"], Words(PRESETS["toy"]["model"].text_dim))
     assert 1.3e9 < sum(p.numel() for p in paper.parameters()) < 1.5e9
     assert sum(p.numel() for p in toy.parameters()) <= 8e6
+
+
+def test_the_defaults_are_the_papers():
+    told = dict(layers=36, dim=1536, heads=24, channels=16, text_dim=1536, diffusion_layers=3, diffusion_dim=1280,
+                rope_top=2.5, rope_base=100, timesteps=1000, noise_draws=4, snr_clip=math.inf, text_drop=0.1,
+                mask_ratio=(1.0, 0.25, 0.7, 1.0), attention="causal", loss="next-frame", position="rope")
+    assert asdict(Config()) == told
+    told = dict(unmask_steps=64, diffusion_steps=100, cfg=3, cfg_schedule="linear", temperature="progressive", clamp=4)
+    assert asdict(Sampling()) == told
+
+
+@pytest.mark.parametrize("position", ["rope", "absolute"])
+@torch.no_grad()
+def test_a_new_model_predicts_no_noise_and_its_blocks_change_nothing(position):
+    torch.manual_seed(0)
+    model = VideoMAR(replace(TINY, position=position), Words(16))
+    x, mlp = torch.randn(2, 12, 64), model.diffusion_mlp
+    text, mask = model.read_text(CAPTIONS, torch.tensor([False, True]))
+    for block, keys_values in zip(model.blocks, text):
+        assert torch.equal(block(x, None, keys_values, mask, 6), x)
+        assert block.qkv.weight.abs().max() == pytest.approx((6 / (64 + 192)) ** 0.5, rel=0.01)  # Xavier's bound
+        assert block.qkv.bias[:128].any() == (position == "rope") and not block.qkv.bias[128:].any()
+    for layer in (*mlp.modulate, mlp.last_modulate, mlp.out):
+        assert not layer.weight.any() and not layer.bias.any()
+    assert 0.015 < model.mask_token.std() < 0.025 and 0.01 < model.null_text.std() < 0.03
 
 
 # ------------------------------------------------------------------------------------------ attention, positions
@@ -111,6 +137,45 @@ def test_rope_gives_each_axis_its_channels():
     assert torch.allclose(angles, want)
 
 
+def test_rotating_is_multiplying_complex_numbers():
+    """Channels i and i + d / 2 are the real and the imaginary part of one."""
+    x, angles = torch.randn(2, 3, 5, 8), torch.randn(5, 4)
+    want = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones(5, 4), angles)
+    assert torch.allclose(rotate(x, angles.cos(), angles.sin()), torch.cat([want.real, want.imag], -1), atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("position", ["rope", "absolute"])
+def test_what_the_blocks_are_given(position):
+    """Tokens, the learned [MASK] where one is masked, whatever its value is; and their positions, by the config. What
+    they give is normalised."""
+    model, x, seen = tiny_model(position=position, rope_top=0.7, rope_base=20.0), clip(), []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda module, args: seen.append(args))
+    block.register_forward_hook(lambda module, args, out: last.append(out))
+    masked, last = torch.rand(x.shape[:4]) < 0.5, []
+    states = hidden(model, x, masked=masked, start=5)
+    assert torch.equal(states, model.norm(last[0]))
+    tokens, masked, places = model.token_in(x.flatten(1, 3)), masked.flatten(1), grid_positions(5, 4, *GRID)
+    tokens[masked] = model.mask_token
+    if position == "rope":
+        angles = rope_angles(places, 32, 20.0, 0.7)  # of a head's 32 channels
+        for _, (cos, sin), *_ in seen:
+            assert torch.equal(cos, angles.cos()) and torch.equal(sin, angles.sin())
+    else:
+        assert seen[0][1] is None
+        tokens = tokens + absolute_code(places, 64)
+    assert torch.allclose(seen[0][0], tokens, atol=1e-6)
+
+
+def test_the_absolute_code_is_the_cosine_code():
+    """Cosines, then sines, of a position times 10000^(-2i / d), each axis in its channels."""
+    places = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, 7.0]])
+    for place, code in zip(places.tolist(), absolute_code(places, 64)):
+        angles = [p * 10000 ** (-2 * i / d) for p, d in zip(place, (16, 24, 24)) for i in range(d // 2)]
+        assert torch.allclose(code, torch.tensor([f(angle) for f in (math.cos, math.sin) for angle in angles]))
+
+
 @torch.no_grad()
 def test_rope_is_the_only_position_code():
     """A clip that is shifted in time has the same hidden states; with the absolute code it has others."""
@@ -127,6 +192,7 @@ def test_every_head_starts_by_looking_at_one_place():
     block = VideoMAR(PRESETS["toy"]["model"], Words(128)).blocks[0]
     positions = grid_positions(0, 4, 5, 5)
     angles = rope_angles(positions, 32, 100.0, 2.5)
+    assert (look_beside(TINY)[:64].abs() == 1.5).all()
     biases = block.qkv.bias[:384].view(2, 6, 1, 32)
     q, k = (rotate(bias, angles.cos(), angles.sin()) for bias in biases)  # (head, token, 32)
     middle = 25 + 12
@@ -167,7 +233,7 @@ def test_a_block_written_plainly():
 
     h = x[0] + block.out(attention(*block.qkv(block.norm1(x[0])).chunk(3, -1)))
     h = h + block.cross_out(attention(block.cross_q(block.norm2(h)), *block.cross_kv(states[0]).chunk(2, -1)))
-    h = h + block.mlp(block.norm3(h))
+    h = h + block.mlp[2](F.gelu(block.mlp[0](block.norm3(h))))
     assert torch.allclose(block(x, None, block.text_keys_values(states), None, 5)[0], h, atol=1e-5)
 
 
@@ -204,8 +270,11 @@ def watched(monkeypatch, model):
 def test_next_frame_loss_masks_what_it_should(monkeypatch):
     model, x = tiny_model(), clip()
     seen = watched(monkeypatch, model)
-    model(x, CAPTIONS, 2, cut=False)
+    for cut in (False, True):
+        torch.manual_seed(0)
+        model(x, CAPTIONS, 2, cut=cut)
     frames = seen[0].view(2, 4, N)
+    assert torch.equal(seen[1], seen[0][:, :3 * N])  # the sequence ends with frame t
     assert not frames[:, :2].any() and frames[:, 3].all()
     assert (frames[:, 2].sum(-1) >= math.ceil(0.7 * N)).all()
     total = tiny_model(loss="total-mask")
@@ -215,12 +284,14 @@ def test_next_frame_loss_masks_what_it_should(monkeypatch):
 
 
 @pytest.mark.parametrize("loss", ["next-frame", "total-mask"])
-def test_next_frame_masks_differ_from_clip_to_clip(loss):
+def test_next_frame_masks_differ_from_clip_to_clip(monkeypatch, loss):
+    monkeypatch.setattr(videomar, "draw_mask_ratio", lambda mask_ratio: 0.71)
     masked, places = tiny_model(loss=loss).draw_masked(8, 3, 64, 1)
     assert len({tuple(row) for row in masked.tolist()}) == 8
     first, end = (64, 128) if loss == "next-frame" else (0, 192)
     for row, chosen in zip(masked, places):  # what carries the loss is what is masked
         assert sorted(chosen.tolist()) == (first + row[first:end].nonzero()[:, 0]).tolist()
+        assert len(chosen) == math.ceil(0.71 * (end - first))
 
 
 def test_one_caption_in_ten_is_dropped(monkeypatch):
@@ -232,24 +303,46 @@ def test_one_caption_in_ten_is_dropped(monkeypatch):
     assert 0.07 < seen[0].float().mean() < 0.13
 
 
-def test_every_masked_token_has_four_noises_of_its_own():
+def test_every_masked_token_has_four_noises_of_its_own(monkeypatch):
     model, seen = tiny_model(), []
-    model.diffusion_mlp.register_forward_pre_hook(lambda module, args: seen.extend(args))
+    real = model.diffusion.q_sample
+    monkeypatch.setattr(model.diffusion, "q_sample", lambda *args: seen.extend(args) or real(*args))
+    model.diffusion_mlp.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
     model(clip(), CAPTIONS, 1)
-    x, timestep, z = (tensor.unflatten(0, (4, -1)) for tensor in seen)
-    assert torch.equal(z, z[:1].expand_as(z))
-    for i in range(4):
-        for j in range(i):
-            assert not torch.isclose(x[i], x[j]).all(-1).any() and not torch.equal(timestep[i], timestep[j])
+    x0, i, noise, z = (tensor.unflatten(0, (4, -1)) for tensor in seen)
+    assert torch.equal(x0, x0[:1].expand_as(x0)) and torch.equal(z, z[:1].expand_as(z))
+    assert len(noise.flatten(0, 1).unique(dim=0)) == i.numel() and abs(noise.std() - 1) < 0.1
+    assert len({tuple(row) for row in i.tolist()}) == 4 and min(len(row.unique()) for row in i) > 1
 
 
-def test_the_model_s_snr_clip_is_that_of_its_loss():
-    losses = []
-    for snr_clip in (math.inf, 1.0):
-        model = tiny_model(snr_clip=snr_clip)
+def test_the_loss_is_the_mean_over_the_draws_of_the_masked_tokens(monkeypatch):
+    model, x, seen = tiny_model(snr_clip=0.5), clip(), []
+    places = 2 * N + torch.tensor([[0, 3, 5], [4, 1, 2]])
+    masked = (torch.arange(4 * N) >= 3 * N).expand(2, -1).scatter(1, places, True)
+    monkeypatch.setattr(model, "draw_masked", lambda *args: (masked, places))
+
+    def loss(net, x0, z, snr_clip):
+        seen.append((x0, z, snr_clip))
+        return torch.arange(len(x0)).float()
+
+    monkeypatch.setattr(model.diffusion, "loss", loss)
+    assert model(x, CAPTIONS, 2) == torch.arange(24.0).mean()
+    x0, z, snr_clip = seen[0]
+    assert snr_clip == 0.5 and z.shape == (24, 64)
+    assert torch.equal(x0, torch.cat([x.flatten(1, 3)[b, row] for b, row in enumerate(places)]).repeat(4, 1))
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    model, calls, grads = tiny_model().train(), [], []
+    model.blocks[0].norm1.register_forward_hook(lambda *args: calls.append(args))
+    for recompute, count in ((False, 1), (True, 3)):
+        model.recompute = recompute
+        model.zero_grad()
         torch.manual_seed(0)
-        losses.append(model(clip(), CAPTIONS, 1))
-    assert losses[0] - losses[1] > 0.01  # clipped weights are 1 at most
+        model(clip(), CAPTIONS, 1).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        assert len(calls) == count
+    assert torch.allclose(*grads, atol=1e-6)
 
 
 def test_loss_is_of_frame_t_alone():
@@ -446,8 +539,9 @@ def test_predicted_x0_is_clamped():
     def wild(x, i):
         return torch.cat([torch.full_like(x, 3.0), torch.zeros_like(x)], -1)
 
-    x = Diffusion(1000, 25).sample(wild, torch.randn(8, 4))
-    assert x.abs().max() <= 4.0 and torch.isfinite(x).all()
+    d, x = Diffusion(1000, 25), torch.randn(8, 4)
+    assert d.sample(wild, x).abs().max() == pytest.approx(4.0)
+    assert d.sample(wild, x, clamp=2.5).abs().max() == pytest.approx(2.5)
 
 
 def test_guidance_is_on_the_noise_and_not_on_the_variance():
@@ -478,6 +572,7 @@ def test_the_first_noise_is_not_scaled_by_the_temperature():
     sampled(model, clip(1), 4, temperature=0.0)
     first = torch.cat(seen[::TINY_SAMPLING.diffusion_steps])
     assert len(first) >= 3 * 2 * N and abs(first.std() - 1) < 0.1
+    assert len(first.unique(dim=0)) == 3 * 2 * N  # each token's own; the branch with the null has the same
 
 
 def test_the_sampler_s_timesteps_are_the_respaced_ones(monkeypatch):
@@ -503,7 +598,7 @@ def test_diffusion_mlp_is_the_adaln_mlp_written_plainly():
         c, h = c * torch.sigmoid(c), diffusion_mlp.token(x[row])
         for modulate, mlp in zip(diffusion_mlp.modulate, diffusion_mlp.mlps):
             shift, scale, gate = modulate(c).view(3, -1)
-            h = h + gate * mlp(norm(h) * (1 + scale) + shift)
+            h = h + gate * mlp[2](F.silu(mlp[0](norm(h) * (1 + scale) + shift)))
         shift, scale = diffusion_mlp.last_modulate(c).view(2, -1)
         want = diffusion_mlp.out(norm(h) * (1 + scale) + shift)
         assert torch.allclose(diffusion_mlp(x, timestep, z)[row], want, atol=1e-3)
@@ -601,13 +696,19 @@ def test_cfg_1_is_the_conditional_model_and_3_leads_away_from_the_null():
 
 
 def test_guidance_schedules(monkeypatch):
-    used = []
-    monkeypatch.setattr(Diffusion, "sample", lambda self, net, x, temperature, cfg, clamp: used.append(cfg) or x)
+    used, clamps = [], set()
+
+    def draw(self, net, x, temperature, guidance, clamp):
+        used.append(guidance)
+        clamps.add(clamp)
+        return x
+
+    monkeypatch.setattr(Diffusion, "sample", draw)
     counts = torch.tensor(unmask_counts(N, 3)).cumsum(0)
     for schedule, want in (("linear", (1 + 2 * counts / N).tolist()), ("constant", [3.0] * 3)):
         used.clear()
-        sampled(tiny_model(), clip(1), 2, cfg=3.0, cfg_schedule=schedule)
-        assert used == pytest.approx(want)
+        sampled(tiny_model(), clip(1), 2, cfg=3.0, cfg_schedule=schedule, clamp=2.5)
+        assert used == pytest.approx(want) and clamps == {2.5}
 
 
 @pytest.mark.parametrize("changes", [{"attention": "full"}, {"loss": "total-mask"}, {"position": "absolute"},
@@ -649,6 +750,16 @@ def test_total_mask_fills_all_frames_at_once(monkeypatch):
         assert (max(partly) > 1) == mixed
 
 
+@pytest.mark.parametrize("given", [0, 1, 2])
+def test_total_mask_takes_the_steps_of_all_frames_that_are_made(monkeypatch, given):
+    """Frame 0 is one of them: nothing is different for it."""
+    steps, used, real = [], set(), sample.unmask_counts
+    monkeypatch.setattr(sample, "unmask_counts", lambda n, k: steps.append((n, k)) or real(n, k))
+    monkeypatch.setattr(Diffusion, "sample", lambda self, net, x, temperature, *a: used.add(temperature) or x)
+    sampled(tiny_model(loss="total-mask"), clip(given), 4, temperature=0.7)
+    assert steps == [((4 - given) * N, (4 - given) * 3)] and used == {0.7}
+
+
 @pytest.mark.parametrize("grid, frames", [((3, 5), 6), ((1, 1), 2)])
 def test_any_size_and_length(grid, frames):
     x = sampled(tiny_model(), torch.randn(1, 1, *grid, 16), frames, ["a cat"])
@@ -664,11 +775,11 @@ def test_text_to_video_starts_from_nothing(monkeypatch):
     steps, used, real = [], [], sample.unmask_counts
     monkeypatch.setattr(sample, "unmask_counts", lambda n, k: steps.append(k) or real(n, k))
     monkeypatch.setattr(Diffusion, "sample", lambda self, net, x, *now: used.append(now[:2]) or x)
-    for cfg in (1.0, 1.5):
+    for cfg, strong in ((1.0, 5.0), (1.5, 5.0), (7.0, 7.0)):
         steps.clear()
         used.clear()
         sampled(model, nothing, 3, unmask_steps=2, cfg=cfg)
-        assert steps == [20, 2, 2] and set(used[:-4]) == {(0.8, 5.0)} and max(used[-4:]) == (0.91, cfg)
+        assert steps == [20, 2, 2] and set(used[:-4]) == {(0.8, strong)} and max(used[-4:]) == (0.91, cfg)
 
 
 def test_a_later_prompt_changes_later_frames_alone():

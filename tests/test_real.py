@@ -86,15 +86,17 @@ def test_latents_of_two_cosmos_tokenizers_are_not_mixed(folder):
         encode(Cosmos(make_cosmos(folder / "other", seed=1)))
     packed = torch.load("latents/latents.pt", weights_only=True)["tokenizer"]
     again = open_tokenizer(folder / "cosmos", packed)
-    assert again.measured
+    assert again.measured and (packed["std"] != 1).all()
     again.measure = None  # is not called
     encode(again)
     assert (folder / "latents/latents.pt").read_bytes() == before
     assert (np.load("latents/latents-00000.npy") == kept).all()
     assert torch.equal(again.mean, packed["mean"]) and torch.equal(again.std, packed["std"])
     check_tokens(again, packed, "latents")
+    other = open_tokenizer(folder / "other", packed)
+    assert not other.measured and (other.std == 1).all()  # mean and std are not those of its tokens
     with pytest.raises(Bad, match="its tokens are not those of latents"):
-        check_tokens(open_tokenizer(folder / "other", packed), packed, "latents")
+        check_tokens(other, packed, "latents")
 
 
 @pytest.mark.parametrize("stride, bare", [((4, 8, 8), False), ((8, 16, 16), True)])

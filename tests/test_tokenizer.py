@@ -7,12 +7,15 @@ import pytest
 import torch
 from conftest import ROOT, script, tiny_tokenizer
 from PIL import Image
+from test_cli import call
+from torch import nn
 
+import tokenizer as tokenizer_script
 from data import world
 from data.files import DATA, Bad, load, save
 from data.video import psnr, to_float
 from data.world import World
-from tokenizer import Words, check_size, check_tokens, open_tokenizer
+from tokenizer import Tokenizer, Words, check_size, check_tokens, open_tokenizer
 
 
 @pytest.mark.parametrize("stride, frames, size", [((4, 8, 8), 13, (24, 16)), ((8, 16, 16), 17, (32, 48))])
@@ -153,12 +156,86 @@ def test_words():
     assert mask.sum(1).tolist() == [4, 1, 1] and states.shape == (3, 8, 16)
     alone, _ = words(["a"])
     assert torch.allclose(states[1, :1], alone[0, :1], atol=1e-6)
+    assert torch.allclose(words(["a", "b " * 20])[0][0, :1], alone[0, :1], atol=1e-6)  # the padding is zeros
+    ids = []
+    words.table.register_forward_pre_hook(lambda module, args: ids.extend(args[0].tolist()))
+    words(["a red cat"])  # the same numbers in every process
+    assert ids == [[zlib.crc32(word) % 1031 for word in (b"a", b"red", b"cat")] + [1031] * 5]
     assert torch.equal(words(["a RED cat moves"])[0], words(["A red cat, moves!"])[0])
     assert not torch.allclose(words(["red cat blue star"])[0][0, 1], words(["blue cat red star"])[0][0, 1])  # context
     assert words(["word " * 10000])[0].shape[1] == words.longest
     vocabulary = " ".join([*world.SHAPES, *world.COLOURS, *world.MOTIONS, "a an and on background"]).replace("-", " ")
     unique = set(vocabulary.split())
     assert len({zlib.crc32(w.encode()) % words.buckets for w in unique}) == len(unique)  # the model tells them apart
+
+
+# ------------------------------------------------------------------------------------------------------ training
+ARGS = ["--batch", 2, "--width", 16, "--size", "16x16", "--device", "cpu", "--dtype", "float32"]
+
+
+def test_training_by_hand(folder, monkeypatch, capsys):
+    """Clips, noise, loss and rates of six steps."""
+    asked, encoded, decoded, losses, rates, clipped = [], [], [], [], [], []
+    batch, encode, decode, backward = World.batch, Tokenizer.encode, Tokenizer.decode, torch.Tensor.backward
+    clip_grad_norm = nn.utils.clip_grad_norm_
+
+    def watched_batch(self, seeds, frames, size, **kwargs):
+        asked.append((seeds, frames))
+        return batch(self, seeds, frames, size, **kwargs)
+
+    def watched_encode(self, video):
+        encoded.append((video, 2 * encode(self, video), self.training))  # as if some were large
+        return encoded[-1][1]
+
+    def watched_decode(self, tokens):
+        decoded.append((tokens, decode(self, tokens)))
+        return decoded[-1][1]
+
+    def watched_backward(loss):
+        losses.append(loss.item())
+        backward(loss)
+
+    def watched_clip(parameters, norm):
+        clipped.append(({p.dim() for p in parameters}, norm))
+        return clip_grad_norm(parameters, norm)
+
+    for optimiser in (torch.optim.Muon, torch.optim.AdamW):
+        real = optimiser.step
+        monkeypatch.setattr(optimiser, "step", lambda self, real=real: (
+            rates.append((type(self).__name__, self.param_groups[0]["lr"])), real(self)))
+    monkeypatch.setattr(World, "batch", watched_batch)
+    monkeypatch.setattr(Tokenizer, "encode", watched_encode)
+    monkeypatch.setattr(Tokenizer, "decode", watched_decode)
+    monkeypatch.setattr(torch.Tensor, "backward", watched_backward)
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", watched_clip)
+    args = [*ARGS, "--steps", 6, "--frames", 25, "--lr", 0.1]
+    code, _, err = call(monkeypatch, capsys, *args, module=tokenizer_script)
+    assert code == 0, err
+    assert asked.pop(0) == (range(32), 25)  # held out
+    assert [seeds for seeds, _ in asked] == [range(2 * i, 2 * i + 2) for i in range(6)]
+    assert all(9 <= frames <= 25 for _, frames in asked) and len({frames for _, frames in asked}) > 2
+    assert [training for *_, training in encoded] == 6 * [True] + [False]  # and the held-out clips at last
+    for (video, tokens, _), (noisy, again), loss in zip(encoded, decoded, losses):
+        assert video.shape == (2, 3, 9, 16, 16)
+        stds = (noisy - tokens).flatten(1).std(1)
+        assert (stds < 0.6).all() and abs(stds[0] - stds[1]) > 0.01  # each clip has its own
+        distortion = np.mean([(a - v).square().mean().log().item() for a, v in zip(again, video)])
+        large = (tokens.abs() - 3).clamp(min=0).square().mean().item()
+        assert loss == pytest.approx(distortion + large, abs=1e-4) and (tokens < -3).any()
+    lr = [0.1 * (i + 1) / 100 * (1 - i / 6) for i in range(6)]
+    assert [rate for name, rate in rates if name == "Muon"] == pytest.approx(lr)
+    assert [rate for name, rate in rates if name == "AdamW"] == pytest.approx([0.4 * rate for rate in lr])
+    assert clipped == 6 * [({1}, 50.0)]
+
+
+def test_of_a_named_tokenizer_the_decoder_alone_is_trained(folder, monkeypatch, capsys, tiny_files):
+    args = [*ARGS, "--steps", 1, "--frames", 5, "--tokenizer", tiny_files / "tokenizer.pt"]
+    code, _, err = call(monkeypatch, capsys, *args, module=tokenizer_script)
+    assert code == 0, err
+    paths = tiny_files / "tokenizer.pt", "out/tokenizer-4x8x8.pt"
+    before, after = (load(path, "tokenizer")["state"] for path in paths)
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder"}
 
 
 # ------------------------------------------------------------------------------------------------ the drawn world
@@ -173,11 +250,13 @@ def test_a_clip_is_a_function_of_its_seed():
 def test_one_in_ten_combinations_is_held_out_and_never_trained_on():
     kinds = [(s, c, m) for s in world.SHAPES for c in world.COLOURS for m in world.MOTIONS]
     assert sum(world.Sprite(*kind, 0, 0, 0).held_out() for kind in kinds) == len(kinds) / 10
+    assert world.Sprite("circle", "red", "moves left slowly", 0, 0, 0).held_out()  # as for the checkpoints that ship
     for held_out in (True, False):
         scenes = [world.scene(i, held_out=held_out) for i in range(300)]
         assert all(s.held_out() == held_out for scene in scenes for s in scene.sprites)
         words = " ".join(s.caption() for s in scenes)
         assert all(m in words for m in (*world.SHAPES, *world.COLOURS, *world.MOTIONS))
+    assert World().held_out(9, 1, (64, 64))[1] == [world.scene(i, held_out=True).caption() for i in range(9)]
 
 
 @pytest.mark.parametrize("motion", world.MOTIONS)
@@ -223,10 +302,71 @@ def test_a_sprite_that_changes_its_motion():
     for seed in range(10):
         (a, before), (b, after) = world.clip(seed, 13), world.clip(seed, 13, change_until=8)
         assert (before != after) == (seed % 5 == 0) == (not np.array_equal(a, b)) and np.array_equal(a[:2], b[:2])
+    times = set()
     for seed in range(30):
         for kind in (False, True):
             sprites = world.with_changes(world.scene(seed, held_out=kind), seed, 8).sprites
-            assert all(replace(s, motion=s.then[1]).held_out() == kind and 1 <= s.then[0] <= 8 for s in sprites)
+            assert all(replace(s, motion=s.then[1]).held_out() == kind and s.motion != s.then[1] for s in sprites)
+            times |= {s.then[0] for s in sprites}
+    assert times == {*range(1, 9)}
+
+
+def test_scenes_are_drawn_as_told():
+    scenes, held_out = ([world.scene(seed, 64, 96, held_out=kind) for seed in range(200)] for kind in (False, True))
+    assert [s.background for s in scenes] != [s.background for s in held_out]  # draws of their own
+    assert 60 < sum(len(s.sprites) == 2 for s in scenes) < 140 and all(len(s.sprites) in (1, 2) for s in scenes)
+    for one in scenes:
+        assert len({s.colour for s in one.sprites} | {one.background}) == 1 + len(one.sprites)
+        for s in one.sprites:
+            assert 0.12 <= s.r <= 0.19 and s.r <= s.x <= 1.5 - s.r and s.r <= s.y <= 1 - s.r
+        if len(one.sprites) == 2:
+            a, b = one.sprites
+            assert np.hypot(a.x - b.x, a.y - b.y) > a.r + b.r
+    star, cat = world.Sprite("star", "red", "spins", 0, 0, 1), world.Sprite("cat", "orange", "grows", 0, 0, 1)
+    told = "a red star spins and an orange cat grows on a blue background"
+    assert world.Scene([star, cat], "blue", 0).caption() == told
+
+
+@pytest.mark.parametrize("motion, r, angle", [("grows", 1.25, 0), ("shrinks", 0.8, 0), ("spins", 1, np.pi / 3),
+                                              ("moves up slowly", 1, 0), ("stays still", 1, 0)])
+def test_growth_and_spin_after_ten_frames(motion, r, angle):
+    *_, radii, angles = world.path(world.Sprite("cat", "red", motion, 0.5, 0.5, 0.15), 400, 64, 64)
+    assert radii[10] == pytest.approx(0.15 * r) and angles[10] == pytest.approx(angle)
+    assert radii[-1] == pytest.approx(0.4) or motion != "grows"  # not larger
+
+
+@pytest.mark.parametrize("point, shapes", [
+    ((0.7, -0.85), "cat"), ((0, -0.97), "star"), ((0, -0.85), "circle triangle star"), ((0.88, -0.28), "star heart"),
+    ((0.4, -0.6), "circle square heart cat"), ((0.72, 0.72), "square"), ((0.6, 0.6), "circle square triangle cat")])
+def test_what_lies_in_a_shape(point, shapes):
+    for u in (point[0], -point[0]):
+        inside = [shape for shape in world.SHAPES if world.distance(shape, np.float64(u), np.float64(point[1])) < 0]
+        assert inside == shapes.split()
+
+
+def ink(sprite, frames=1, background="blue"):
+    """How much of each pixel a sprite covers (frames, 64, 64)."""
+    video, ground = (world.render(world.Scene(sprites, background, 0.0), frames, 64, 64)[..., 0].astype(float)
+                     for sprites in ([sprite], []))
+    return (video - ground) / (world.COLOURS[sprite.colour][0] - ground)
+
+
+def test_pictures_by_hand():
+    """Area and middle of a disc; a quarter turn, clockwise; a cat's eyes; who stands in front; the background."""
+    disc = ink(world.Sprite("circle", "yellow", "stays still", 0.5, 0.5, 0.3))[0]
+    assert disc.sum() == pytest.approx(np.pi * (0.9 * 0.3 * 64) ** 2, rel=0.01)
+    assert abs(disc - disc[::-1, ::-1]).max() < 0.05
+    turning = ink(world.Sprite("triangle", "yellow", "spins", 0.5, 0.5, 0.3), 16)
+    assert abs(turning[15] - np.rot90(turning[0], -1)).max() < 0.05 < abs(turning[15] - turning[0]).max()
+    cat, star = (world.Sprite(shape, colour, "stays still", 0.5, 0.5, 0.3) for shape, colour in
+                 (("cat", "red"), ("star", "green")))
+    for sprites, name in (([cat, star], "red"), ([star, cat], "green")):
+        picture = world.render(world.Scene(sprites, "blue", 0.0), 1, 64, 64)[0]
+        assert tuple(picture[32, 32]) == world.COLOURS[name]
+    assert (world.render(world.Scene([cat], "blue", 0.0), 1, 64, 64)[0, 33, 38] < 40).all()  # an eye
+    x, colour = np.arange(64)[:, None], np.array(world.COLOURS["blue"])
+    row = world.render(world.Scene([], "blue", 0.0), 1, 64, 64)[0, 7]  # lighter from left to right
+    assert abs(row - (colour + (255 - colour) * (0.35 + 0.4 * x / 64))).max() <= 0.51
 
 
 def test_edges_are_anti_aliased():

@@ -9,16 +9,19 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, script, tiny_tokenizer
+from conftest import ROOT, TINY, TINY_SAMPLING, script, tiny_model, tiny_tokenizer
+from PIL import Image
 
 import train
 import videomar
 from data import files, world
 from data.files import Bad
-from data.video import write_video
+from data.video import psnr, to_float, to_uint8, write_video
 
 ARGS = ["--size", "16x16", "--frames", "5,9", "--steps", 3, "--batch", 4, "--dtype", "float32", "--device", "cpu"]
 SHORT = ["--size", "16x16", "--frames", 5, "--steps", 1, "--batch", 2, "--device", "cpu"]  # one step
@@ -106,7 +109,7 @@ def test_the_drawn_world_has_settings_of_its_own(folder, monkeypatch, tiny_files
 
 
 def test_rate():
-    a, *_ = train.read_options(["--frames", "5", "--steps", "1000", "--lr", "1"])
+    a, *_ = train.read_options(["--frames", "5,13", "--steps", "400,600", "--lr", "1"])
     assert [train.get_lr(a, step) for step in (0, 49, 99, 500, 750)] == pytest.approx([0.01, 0.5, 0.901, 0.5, 0.25])
     assert 0 < train.get_lr(a, 999) < 0.01
 
@@ -119,31 +122,145 @@ def test_schedule():
     assert {t for _, t in schedule[:100]} == {0, 1} and {t for _, t in schedule[100:]} == {0, 1, 2, 3}
     assert 120 < sum(t == 0 for _, t in schedule) < 280
     assert train.make_schedule(a, 4) == schedule
+    a.seed = 1
+    assert train.make_schedule(a, 4) != schedule
     a.frame0 = 0.0
     assert all(t > 0 for _, t in train.make_schedule(a, 4))
 
 
-def test_batches_are_a_function_of_seed_step_and_part():
-    def part(parts, step, number, seed=0):
-        a, source, _ = train.read_options(["--batch", 4, "--size", "16x16", "--parts", parts, "--seed", seed])
-        return train.get_batch(a, source, TINY, 4, 0, 1, step, number)
+def test_what_a_batch_is_asked_for():
+    """Seeds by seed, step and part; frames up to t, where the model reads no others; changes of motion before t."""
+    a = SimpleNamespace(seed=3, batch=8, parts=2, frames=(5, 13), size=(16, 24), frame0=0.05)
+    source = SimpleNamespace(batch=lambda *args: args)
 
-    train_args, train.read_options = train.read_options, lambda args: train_args([*map(str, args)])
-    try:
-        (whole, words), first, second = part(1, 3, 0), part(2, 3, 0), part(2, 3, 1)
-        assert torch.equal(whole, torch.cat([first[0], second[0]])) and words == first[1] + second[1]
-        assert not torch.equal(whole, part(1, 4, 0)[0]) and not torch.equal(whole, part(1, 3, 0, seed=1)[0])
-    finally:
-        train.read_options = train_args
+    def batch(t=2, part=1, **changes):
+        return train.get_batch(a, source, replace(TINY, **changes), 4, 1, t, 5, part)
+
+    first = 3 * 2**40 + 5 * 8
+    assert batch() == (range(first + 4, first + 8), 9, (16, 24), 13, 4)
+    assert batch(part=0) == (range(first, first + 4), 9, (16, 24), 13, 4)
+    assert batch(t=3)[1:] == (13, (16, 24), 13, 8)
+    assert batch(attention="full")[1:] == (13, (16, 24), 13, 4)
+    assert batch(loss="total-mask")[1:] == (13, (16, 24), 13, 0)  # it has no frame t
+    a.frame0 = 0
+    assert batch()[1:] == (9, (16, 24), 13, 0)
 
 
-def test_every_part_of_every_step_has_draws_of_its_own(folder, monkeypatch, tiny_files):
-    seeds, real = [], torch.manual_seed
-    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or real(seed))
-    args = [*SHORT, "--steps", 2, "--parts", 2, "--seed", 7, "--tokenizer", tiny_files / "tokenizer.pt"]
-    assert run_train(monkeypatch, *args) == 0
-    steps = [s for s in seeds if s not in (0, 7)]  # those are of the models and the film strip
-    assert len(steps) == len(set(steps)) == 4
+def test_muon_takes_the_inner_matrices_and_adamw_the_rest():
+    model = tiny_model()
+    adamw, muon = train.make_optimisers(model, "muon", 1e-3, False)
+    names = {p: name for name, p in model.named_parameters()}
+    inner = {names[p] for p in muon.param_groups[0]["params"]}
+    assert len(inner) == 2 * 7 + 3 * 3  # of two blocks and of three of the MLP's
+    assert {"blocks.0.cross_kv.weight", "blocks.1.mlp.2.weight", "diffusion_mlp.modulate.2.weight"} <= inner
+    matrices, vectors = (group["params"] for group in adamw.param_groups)
+    assert {p.dim() for p in vectors} == {1} and {names[p] for p in vectors} >= {"mask_token", "norm.weight"}
+    assert sum(map(len, (inner, matrices, vectors))) == len(names)
+    groups = adamw.param_groups + muon.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.02, 0, 0.02]
+    assert groups[0]["betas"] == groups[1]["betas"] == (0.9, 0.95) and groups[2]["adjust_lr_fn"] == "match_rms_adamw"
+    assert len(train.make_optimisers(model, "adamw", 1e-3, False)) == 1
+    assert (train.CLIP, train.EMA, train.MUON) == (3.0, 0.9999, 3)
+
+
+def test_three_steps_by_hand(folder, monkeypatch, tiny_files):
+    """Rates, the norm of the gradients, the average of the weights, and which of them is written where."""
+    rates, norms, kept, scale = [], [], [], [1000, 1000, 1e-3]
+    make_model, make_optimisers, save_checkpoints = train.make_model, train.make_optimisers, train.save_checkpoints
+    loss = videomar.Diffusion.loss
+
+    def weights(model):
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    def model_of(*args):
+        model, *others = make_model(*args)
+        kept.append((weights(model), weights(others[0])))
+        return model, *others
+
+    def optimisers_of(model, *args):
+        optimisers = make_optimisers(model, *args)
+        for one in optimisers:
+            one.register_step_pre_hook(lambda one, *_: rates.append(one.param_groups[0]["lr"]))
+        parameters, norm = list(model.parameters()), torch.nn.utils.get_total_norm
+        optimisers[0].register_step_pre_hook(lambda *_: norms.append(norm([p.grad for p in parameters])))
+        return optimisers
+
+    def save(a, step, model, ema, *args):
+        kept.append((weights(model), weights(ema)))
+        save_checkpoints(a, step, model, ema, *args)
+
+    monkeypatch.setattr(train, "make_model", model_of)
+    monkeypatch.setattr(train, "make_optimisers", optimisers_of)
+    monkeypatch.setattr(train, "save_checkpoints", save)
+    monkeypatch.setattr(videomar.Diffusion, "loss", lambda *args: scale[len(norms)] * loss(*args))
+    monkeypatch.setattr(train, "EMA", 0.05)  # so that it bounds all steps but the first
+    args = [*SHORT, "--steps", 3, "--lr", 0.1, "--save-every", 1, "--dtype", "float32"]
+    assert run_train(monkeypatch, *args, "--tokenizer", tiny_files / "tokenizer.pt") == 0
+
+    lr = [0.1 * share for share in (0.01, 0.02, 0.03)]
+    assert rates == pytest.approx([factor * value for value in lr for factor in (1, 3)])  # of AdamW, of Muon
+    assert norms[:2] == pytest.approx([3.0, 3.0], rel=1e-4) and 0 < norms[2] < 0.1  # clipped, and new in each step
+    average = kept[0][0]
+    assert torch.equal(average, kept[0][1])
+    for (now, ema), share in zip(kept[1:], (30 / 31, 0.95, 0.95)):
+        average = average + share * (now - average)
+        assert torch.allclose(ema, average, rtol=0, atol=1e-6)
+    model, averaged = params("out/ckpt.pt", "model"), params("out/ckpt.pt", "ema")
+    assert torch.equal(torch.cat([averaged[name].flatten() for name in model]), ema) and not same(model, averaged)
+    assert same(params("out/videomar.pt", "ema"), {name: value.half() for name, value in averaged.items()})
+    sampled_from, *_ = __import__("sample").load_model("out/ckpt.pt")
+    assert same(sampled_from.state_dict(), averaged)
+
+
+def test_tokens_and_draws_of_each_part(folder, monkeypatch, tiny_files):
+    """Noise on the tokens, from a seed of this part and step alone; the log; and no noise in the film strip."""
+    batches, forwards, strips = [], [], []
+    get_batch, forward, generate = train.get_batch, videomar.VideoMAR.forward, train.generate
+    monkeypatch.setattr(train, "get_batch", lambda *args: batches.append(get_batch(*args)) or batches[-1])
+
+    def watched(self, x, *args):
+        loss = forward(self, x, *args)
+        forwards.append((x, loss.item(), self.recompute))
+        return loss
+
+    monkeypatch.setattr(videomar.VideoMAR, "forward", watched)
+    monkeypatch.setattr(train, "generate", lambda *args: strips.append(args) or generate(*args))
+    args = [*SHORT, "--steps", 2, "--parts", 2, "--seed", 7, "--noise", 0.3, "--dtype", "float32", "--recompute"]
+    assert run_train(monkeypatch, *args, "--tokenizer", tiny_files / "tokenizer.pt") == 0
+    for i, ((clips, _), (x, _, recompute)) in enumerate(zip(batches, forwards)):
+        tokens = tiny_tokenizer().encode(to_float(clips))
+        torch.manual_seed(7 * 2**40 + i // 2 * 2**10 + i % 2)
+        assert torch.allclose(x, tokens + 0.3 * torch.randn_like(tokens), atol=0.01)  # it is kept in half precision
+        assert recompute
+    for step, (_, _, _, loss, lr) in enumerate(columns("out/log.csv")[1:3]):
+        assert float(loss) == pytest.approx(np.mean([forwards[2 * step + part][1] for part in (0, 1)]), abs=1e-4)
+        assert float(lr) == pytest.approx(8e-4 * (step + 1) / 100, rel=1e-2)
+    ema, given, *_ = strips[0]
+    assert same(ema.state_dict(), params("out/ckpt.pt", "ema"))
+    truth = to_float(world.World().held_out(4, 5, (16, 16))[0])
+    assert torch.allclose(given, tiny_tokenizer().encode(truth)[:, :1], atol=0.01)
+
+
+@torch.no_grad()
+def test_the_film_strip_and_its_score(folder, monkeypatch):
+    """Held-out clips, whose first picture is given and not scored; the truth stands above the sample."""
+    tokenizer, seen = tiny_tokenizer(), []
+
+    def generate(model, given, captions, *args):
+        seen.extend((given, captions, *args, torch.initial_seed()))
+        return tokens.flip(2)
+
+    monkeypatch.setattr(train, "generate", generate)
+    a = SimpleNamespace(seed=7, frames=(5, 9), size=(16, 24), out=folder)
+    clips, captions = world.World().held_out(4, 9, (16, 24))
+    truth = to_float(clips)
+    tokens = tokenizer.encode(truth)
+    score, path = train.estimate_psnr(a, 1, tiny_model(), TINY_SAMPLING, tokenizer, world.World(), torch.device("cpu"))
+    assert torch.equal(seen[0], tokens[:, :1]) and seen[1:] == [captions, 3, TINY_SAMPLING, 7]
+    video = tokenizer.decode(tokens.flip(2))
+    assert score == pytest.approx(psnr(video[:, :, 1:], truth[:, :, 1:]).mean().item())
+    rows = [np.concatenate(list(to_uint8(clip)[::4]), 1) for pair in zip(truth, video) for clip in pair]
+    assert path == folder / "stage2-9.png" and np.array_equal(np.asarray(Image.open(path)), np.concatenate(rows))
 
 
 def test_one_step_in_some_trains_frame_0(folder, monkeypatch, tiny_files):
@@ -173,6 +290,7 @@ def test_resumed_is_bit_for_bit_the_run_that_was_not_stopped(folder, monkeypatch
         return real(a, step)
 
     monkeypatch.setattr(train, "get_lr", stop_in_step_4)
+    torch.manual_seed(1)  # what was drawn before plays no part
     assert run_train(monkeypatch, *args, "--out", "two") == 130
     monkeypatch.setattr(train, "get_lr", real)
     assert checkpoint("two/ckpt.pt")["step"] == 4
