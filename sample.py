@@ -185,7 +185,7 @@ def options_parser():
         help="another prompt from this pixel frame on (none)")
     add("--n", type=number(int, 1), default=1, help="clips, made in one batch (1)")
     add("--out", type=Path, help=".gif, .webp, .png (animated), .mp4 (needs av) or a folder (out/NAME.gif)")
-    add("--watch", action="store_true", help="write NAME-watch.gif, too: the first clip after each unmasking step (off)")
+    add("--watch", action="store_true", help="also NAME-watch.gif: the first clip after each unmasking step (off)")
     add_model_options(parser)
     return parser
 
