@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.files import DATA, Bad, Parser, check_writable, choose_hardware, load, need, number, run, sizes
-from data.video import caption_of, find, read_clip, to_float, to_uint8, write_strip, write_video
+from data.files import DATA, Bad, Parser, choose_hardware, load, number, run, sizes
+from data.video import (caption_of, check_out, draw_step, enlarge, find, read_clip, to_float, to_uint8, write_strip,
+                        write_video)
 from tokenizer import check_size, check_tokens, open_text, open_tokenizer
 from videomar import Cache, Config, Diffusion, Sampling, VideoMAR, progressive_temperature, unmask_counts
 
@@ -43,12 +44,15 @@ def guidance_at(sampling, share):
 
 
 @torch.no_grad()  # not inference_mode, in which autocast casts every weight again for each product
-def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True, then=None, keep=None, progress=False):
+def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True, then=None, keep=None, progress=False,
+             watch=None):
     """Continues given latents (batch, n_given, h, w, C) by captions -> (batch, frames, h, w, C), the given ones first.
 
     n_given = 0 is text-to-video. then: {latent frame: captions from there on}; what the cache holds stays. keep (h, w),
     bool: editing, in which all frames are given, and their tokens stay where it is True. All draws come from torch's
-    generator: the same seed gives the same clip, with and without the cache.
+    generator: the same seed gives the same clip, with and without the cache. watch: called after each unmasking step,
+    with the clip so far (batch, frames, h, w, C), its mask (batch, frames, h, w), True where [MASK] stands, the latent
+    frame, the number of the step, from 1, and how many tokens each step of this frame reveals.
     """
     config, device = model.config, given.device
     batch, n_given, *grid, channels = given.shape
@@ -56,8 +60,9 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
     known = torch.arange(frames * n, device=device) < n_given * n  # tokens that stay as they are given
     if keep is not None:
         known, n_given = keep.flatten().repeat(frames), 0
-    x = torch.zeros(batch, frames * n, channels, device=device)
-    x[:, :given[0, ..., 0].numel()] = given.flatten(1, 3)
+    clip = torch.zeros(batch, frames, *grid, channels, device=device)
+    clip[:, :given.shape[1]] = given
+    x = clip.flatten(1, 3)  # the same memory
     masked = (~known).repeat(batch, 1)
 
     # Guidance doubles the batch: the branch with the captions, and behind it the branch with the null.
@@ -85,17 +90,18 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
         now = frame_sampling(sampling, begin if next_frame else max(begin, 1), n_given)
         places = begin * n + (~known[begin * n:end * n]).nonzero()[:, 0]
         order = places[torch.rand(batch, len(places), device=device).argsort(1)]  # random, for each clip (MAR)
-        counts, revealed = unmask_counts(len(places), now.unmask_steps * (end - begin)), 0
-        for chosen in tqdm(order.split(counts, 1), "steps", leave=False, disable=not progress):
-            revealed += chosen.shape[1]
+        counts = unmask_counts(len(places), now.unmask_steps * (end - begin))
+        for step, chosen in enumerate(tqdm(order.split(counts, 1), "steps", leave=False, disable=not progress), 1):
             z = hidden(begin if cache else 0, end if causal else frames, chosen)
-            guidance = guidance_at(now, revealed / len(places)) if branches == 2 else None
+            guidance = guidance_at(now, sum(counts[:step]) / len(places)) if branches == 2 else None
             noise = torch.randn(chosen.numel(), channels, device=device)
             denoise = model.diffusion_mlp.given(z, diffusion.timesteps)
             tokens = diffusion.sample(denoise, noise, now.temperature, guidance, now.clamp)
             x.scatter_(1, chosen[..., None].expand(-1, -1, channels), tokens.view(batch, -1, channels))
             masked.scatter_(1, chosen, False)
-    return x.view(batch, frames, *grid, channels)
+            if watch:
+                watch(clip, masked.view(clip.shape[:-1]), begin, step, counts)
+    return clip
 
 
 # -------------------------------------------------------------------------------------------------- checkpoints
@@ -180,7 +186,7 @@ def options_parser():
         help="another prompt from this pixel frame on (none)")
     add("--n", type=number(int, 1), default=1, help="clips, made in one batch (1)")
     add("--out", type=Path, help=".gif, .webp, .png (animated), .mp4 (needs av) or a folder (out/NAME.gif)")
-    add("--scale", type=number(int, 1, 64), help="enlargement of what is written (the short side becomes at least 256)")
+    add("--watch", action="store_true", help="also NAME-watch.gif: the first clip after each unmasking step (off)")
     add_model_options(parser)
     return parser
 
@@ -191,8 +197,8 @@ def open_model(a):
     trained = Path("out/videomar.pt")
     a.ckpt = a.ckpt or (trained if trained.exists() else DATA / "videomar.pt")
     model, tokenizer, checkpoint = load_model(a.ckpt, device, dtype, a.text, a.tokenizer)
-    asked = {field.name: getattr(a, field.name, None) for field in fields(Sampling)}
-    sampling = replace(stored_as(Sampling, checkpoint["sampling"]), **{k: v for k, v in asked.items() if v is not None})
+    asked = {name: value for name, value in vars(a).items() if value is not None}
+    sampling = stored_as(Sampling, {**checkpoint["sampling"], **asked})
     frames, size = a.frames or checkpoint["frames"][-1], a.size or tuple(checkpoint["size"])
     check_size(tokenizer.stride, frames, *size)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -219,22 +225,18 @@ def check(a):
         raise Bad("nothing to start from: give --img PICTURE (try --img cat.png), --video CLIP or --prompt TEXT")
     if (a.box or a.mask or a.context) and not a.video:
         raise Bad("--box, --mask, --context: they tell what of a clip is given; name it with --video")
-    if a.out and a.out.suffix not in (".gif", ".webp", ".png", ".mp4", ""):
-        raise Bad(f"--out {a.out}: its ending must be .gif, .webp, .png, .mp4, or none for a folder")
-    if a.out and a.out.suffix == ".mp4":
-        need("av", "writing .mp4")
-    check_writable(a.out or Path("out/x"))
+    check_out(a.out or Path("out/x"))
 
 
-def later_prompts(a, n_given, frames, stride, config):
-    """--then as `generate` takes it: {latent frame: captions}. Raises Bad."""
+def later_prompts(a, first, frames, stride, config):
+    """--then as `generate` takes it: {latent frame: captions}. first: the first generated pixel frame. Raises Bad."""
     if a.then and (a.no_cache or a.box or a.mask or not config.cuts):
         raise Bad("--then: it needs the cache of a causal next-frame model; leave out --no-cache, --box and --mask")
     then = {-(-int(frame) // stride): [prompt] * a.n for frame, prompt in a.then if frame.isdecimal()}
-    if len(then) < len(a.then) or not all(n_given <= t <= (frames - 1) // stride for t in then):
-        first, named = max(0, 1 + stride * (n_given - 1)), " ".join(frame for frame, _ in a.then)
-        raise Bad(f"--then {named}: give pixel frames that are generated, from {first} to {frames - 1}, each in "
-                  f"another latent frame, of {stride} pixel frames")
+    if len(then) < len(a.then) or not all(first <= stride * t < frames for t in then):
+        named = " ".join(frame for frame, _ in a.then)
+        raise Bad(f"--then {named}: give pixel frames that are generated, from {max(0, first)} to {frames - 1}, each "
+                  f"in another latent frame, of {stride} pixel frames")
     return then
 
 
@@ -245,38 +247,45 @@ def main():
     device, stride, edit = next(model.parameters()).device, tokenizer.stride[0], a.box or a.mask
     latent_frames = 1 + (frames - 1) // stride
     n_given = latent_frames if edit else 1 if a.img else a.context or 2 if a.video else 0
-    pixel_frames = 1 + stride * (n_given - 1)  # that are given
+    first = 1 + stride * (n_given - 1)  # the first pixel frame that is generated
     if n_given >= latent_frames and not edit:
-        raise Bad(f"--frames {frames}: {pixel_frames} are given already; ask for {pixel_frames + stride} or more")
+        raise Bad(f"--frames {frames}: {first} are given already; ask for {first + stride} or more")
     source = find(a.img or a.video or Path("clip")).resolve()  # "." has a name, too
     prompt = a.prompt if a.prompt is not None else caption_of(source)
     print(f"prompt: {prompt[:200]!r}" + (f" (beside {relpath(source)})" if prompt and a.prompt is None else ""))
     out = a.out or Path(f"out/{source.stem}.gif")
     paths = [out if a.n == 1 else out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(a.n)]
-    strip = out.with_name(f"{out.stem}-strip.png")
+    strip, watched = out.with_name(f"{out.stem}-strip.png"), out.with_name(f"{out.stem}-watch.gif")
     for path in (find(p).resolve() for p in (a.img, a.video, a.mask) if p):
-        if {path, *path.parents} & {p.resolve() for p in (*paths, strip)}:
+        if {path, *path.parents} & {p.resolve() for p in (*paths, strip, watched)}:
             raise Bad(f"{path}: what is read would be overwritten; name another place with --out")
     keep = kept_tokens(a, size, tokenizer.stride).to(device) if edit else None
-    then = later_prompts(a, n_given, frames, stride, model.config)
+    then = later_prompts(a, first, frames, stride, model.config)
+
+    steps = []
+
+    def watch(*step):
+        steps.append(draw_step(tokenizer, *step))
 
     start = time.time()
     with torch.no_grad(), autocast:
         if n_given:
-            pixels = torch.from_numpy(read_clip(source, size, pixel_frames))
+            pixels = torch.from_numpy(read_clip(source, size, first))
         else:
             pixels = torch.zeros(1, *size, 3)
-        given = tokenizer.encode(to_float(pixels[None].to(device)))[:, :n_given].repeat(a.n, 1, 1, 1, 1)
-        latents = generate(model, given, [prompt] * a.n, latent_frames, sampling, not a.no_cache, then, keep, True)
-        clips = [to_uint8(video) for video in tokenizer.decode(latents)]  # on the CPU: the clock has waited for a GPU
+        given = tokenizer.encode(to_float(pixels[None].to(device)))[:, :n_given].repeat_interleave(a.n, 0)
+        latents = generate(model, given, [prompt] * a.n, latent_frames, sampling, not a.no_cache, then, keep, True,
+                           a.watch and watch)
+        clips = [enlarge(to_uint8(video)) for video in tokenizer.decode(latents)]  # the clock has waited for a GPU
     seconds = time.time() - start
-    scale = a.scale or max(1, -(-256 // min(size)))
-    clips = [clip.repeat(scale, 1).repeat(scale, 2) for clip in clips]
     for path, clip in zip(paths, clips):
         write_video(path, clip, a.fps)
     write_strip(strip, clips, stride)
+    if steps:
+        write_video(watched, steps, 3)
     each = seconds / (latent_frames - (0 if edit else n_given))
-    print(f"wrote {', '.join(map(str, paths))} and {strip}: {seconds:.1f} s, {each:.2f} s per latent frame ({device})")
+    print(f"wrote {', '.join(map(str, paths + [watched] * a.watch))} and {strip}: "
+          f"{seconds:.1f} s, {each:.2f} s per latent frame ({device})")
 
 
 if __name__ == "__main__":

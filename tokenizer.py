@@ -333,8 +333,8 @@ def encode(a, device, dtype):
     source = Folder(a.encode, a.fps)
     print(source.about, flush=True)
     write_latents(source, a.out, tokenizer, a.frames, a.size, device, a.text and Pretrained(a.text, device, dtype))
-    hint = f"python train.py --data {a.out}{tokenizer.hint} trains on these latents"
-    print(f"wrote {a.out}; skipped {len(source.skipped)} files; {hint}")
+    print(f"wrote {a.out}; skipped {len(source.skipped)} files; "
+          f"python train.py --data {a.out}{tokenizer.hint} trains on these latents")
 
 
 def main():

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, ImageSequence
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps, ImageSequence
 from tqdm import tqdm
 
-from data.files import DATA, Bad, need, write
+from data.files import DATA, Bad, check_writable, need, write
 
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
@@ -266,10 +267,28 @@ def psnr(video, truth):
     return 10 * torch.log10(4 / mse.clamp(min=4e-5))
 
 
+def enlarge(clip):
+    """uint8 (frames, H, W, 3), each pixel repeated a whole number of times, so that the short side is at least 256."""
+    scale = -(-256 // min(clip.shape[1:3]))
+    return clip.repeat(scale, 1).repeat(scale, 2)
+
+
 def write_strip(path, rows, every):
     """A film strip: a row for each clip (uint8 frames), with one picture for each latent frame."""
     strip = np.vstack([np.hstack(row[::every]) for row in rows])
     write(path, lambda part: Image.fromarray(strip).save(part))
+
+
+def draw_step(tokenizer, latents, masked, t, step, counts):
+    """What `generate` tells `watch` -> the film strip of the first clip so far, uint8 (H, W, 3), grey for [MASK]."""
+    video = tokenizer.decode(latents)[:, :, ::tokenizer.stride[0]]
+    video *= F.interpolate(masked[:, None].float(), video.shape[2:]) == 0  # 0 is grey
+    strip = np.hstack(enlarge(to_uint8(video[0])))
+    title = (f"latent frame {t} of {latents.shape[1] - 1}, step {step} of {len(counts)}:\n"
+             f"{sum(counts[step:])} of {sum(counts)} tokens left")
+    image = ImageOps.expand(Image.fromarray(strip), 64, "white")
+    ImageDraw.Draw(image).text((64, 4), title, "black", font_size=24)
+    return np.asarray(image)
 
 
 def write_pictures(folder, video):
@@ -287,11 +306,20 @@ def write_mp4(path, video, fps):
     av = need("av", path)
     frames, height, width, _ = video.shape
     with av.open(str(path), "w") as file:
-        rate = Fraction(fps).limit_denominator(1001)
-        stream = file.add_stream("libx264", rate=rate, width=width, height=height, pix_fmt="yuv420p")
+        stream = file.add_stream("libx264", Fraction(fps).limit_denominator(1001),
+                                 width=width, height=height, pix_fmt="yuv420p")
         for frame in video:
             file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
         file.mux(stream.encode())
+
+
+def check_out(path):
+    """Raises Bad unless `write_video` can write there."""
+    if path.suffix not in (".gif", ".webp", ".png", ".mp4", ""):
+        raise Bad(f"--out {path}: its ending must be .gif, .webp, .png, .mp4, or none for a folder")
+    if path.suffix == ".mp4":
+        need("av", "writing .mp4")
+    check_writable(path)
 
 
 def write_video(path, video, fps):
@@ -302,8 +330,9 @@ def write_video(path, video, fps):
         return write(path, lambda part: write_mp4(part, video, fps))
     frames, shortest = [Image.fromarray(frame) for frame in video], 1
     if path.suffix == ".gif":
-        # Pillow's own choice of 256 colours changes from frame to frame, and dark colours flicker.
-        frames = [f.quantize(method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE) for f in frames]
+        # Pillow's own choice of 256 colours changes from frame to frame, and dark colours and grey flicker.
+        colours = dict(method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+        frames = [frame.quantize(**colours) for frame in frames]
         shortest = 20  # ms: a faster GIF is shown slower
     write(path, lambda part: frames[0].save(part, save_all=True, append_images=frames[1:], loop=0, lossless=True,
                                             duration=max(shortest, 1000 / fps)))

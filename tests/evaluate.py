@@ -21,8 +21,8 @@ import torch
 from tqdm import tqdm
 
 from data import world
-from data.files import Bad, Parser, check_writable, need, number, ranks, run
-from data.video import find, psnr, read_clip, read_csv, to_float, to_uint8, write_strip, write_video
+from data.files import Bad, Parser, need, number, ranks, run
+from data.video import check_out, enlarge, find, psnr, read_clip, read_csv, to_float, to_uint8, write_strip, write_video
 from sample import add_model_options, generate, open_model
 
 MEASURES = ("shape", "colour", "motion_error", "background", "smoothness", "dynamic_degree")
@@ -214,7 +214,7 @@ def make_prompts(a, model, tokenizer, frames, size, sampling):
     rows = read_prompts(a.prompts, size)
     device, folder, written = next(model.parameters()).device, a.out or Path("out/prompts"), 0
     rank, world_size = ranks()
-    latent_frames, scale = 1 + (frames - 1) // tokenizer.stride[0], a.scale or max(1, -(-256 // min(size)))
+    latent_frames = 1 + (frames - 1) // tokenizer.stride[0]
     jobs = [(*row, folder / f"{name}-{i}.mp4") for name, row in rows.items() for i in range(a.n)]
     batches = range(-(-len(jobs) // BATCH))
     for index in tqdm(batches[rank::world_size], "batches", disable=rank > 0):
@@ -227,7 +227,7 @@ def make_prompts(a, model, tokenizer, frames, size, sampling):
         latents = generate(model, given, list(prompts), latent_frames, sampling, not a.no_cache)
         for path, clip in zip(paths, tokenizer.decode(latents)):
             if not path.exists():
-                write_video(path, to_uint8(clip).repeat(scale, 1).repeat(scale, 2), a.fps)
+                write_video(path, enlarge(to_uint8(clip)), a.fps)
                 written += 1
     print(f"wrote {written} clips to {folder}")
 
@@ -242,7 +242,6 @@ def options_parser():
     add("--context", type=number(int, 1), help="latent frames that are given of a held-out clip (1)")
     add("--prompt", help="what happens in every held-out clip (the true caption)")
     add("--n", type=number(int, 1), help="clips of each row of --prompts (5)")
-    add("--scale", type=number(int, 1, 64), help="enlargement, with --prompts (the short side becomes at least 256)")
     add("--out", type=Path, help=".gif, .webp, .png or .mp4, or a folder for --prompts (out/eval.gif, out/prompts)")
     add_model_options(parser)
     return parser
@@ -252,14 +251,13 @@ def check(a):
     """What no checkpoint is needed to judge. Raises Bad."""
     if a.prompts and (a.context or a.prompt is not None):
         raise Bad("--prompts: its rows name a picture and a prompt each; leave out --context and --prompt")
-    if not a.prompts and (a.n or a.scale):
-        raise Bad("--n, --scale: a held-out clip is made once, in its own size; give them with --prompts")
-    endings = ("",) if a.prompts else (".gif", ".webp", ".png", ".mp4", "")
-    if a.out and a.out.suffix not in endings:
-        raise Bad(f"--out {a.out}: its ending must be {', '.join(ending or 'none (a folder)' for ending in endings)}")
-    if a.prompts or a.out and a.out.suffix == ".mp4":
+    if a.n and not a.prompts:
+        raise Bad("--n: a held-out clip is made once; give it with --prompts")
+    if a.prompts:
         need("av", "writing .mp4")
-    check_writable(a.out or Path("out/x"))
+    if a.prompts and a.out and a.out.suffix:
+        raise Bad(f"--out {a.out}: --prompts writes many clips; name a folder, without an ending")
+    check_out(a.out or Path("out/x"))
 
 
 def main():

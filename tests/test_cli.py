@@ -23,7 +23,7 @@ import train
 import videomar
 from data import files, world
 from data.files import DATA
-from data.video import read_clip, to_float, write_video
+from data.video import enlarge, read_clip, to_float, write_video
 
 
 def call(monkeypatch, capsys, *args, module=sample):
@@ -40,7 +40,8 @@ def call(monkeypatch, capsys, *args, module=sample):
 @pytest.fixture
 def tiny(folder, tiny_files, monkeypatch, capsys):
     """sample.py on the tiny checkpoint (9 frames of 16x24), in an empty folder."""
-    return lambda *args: call(monkeypatch, capsys, "--ckpt", tiny_files / "ckpt.pt", "--scale", 1, *args)
+    monkeypatch.setattr(sample, "enlarge", lambda clip: clip)
+    return lambda *args: call(monkeypatch, capsys, "--ckpt", tiny_files / "ckpt.pt", *args)
 
 
 def frames_of(path):
@@ -58,6 +59,46 @@ def test_every_ending_and_a_strip_beside_it(tiny, folder):
     assert np.array_equal(still, frames_of("a.png")) and np.array_equal(still, frames_of("a.webp"))
     assert Image.open("a-strip.png").size == (3 * 24, 16)
     assert "s per latent frame (" in out
+
+
+def test_what_is_written_is_enlarged_by_the_least_whole_number(folder, tiny_files, monkeypatch, capsys):
+    for size, scale in (((16, 24), 16), ((48, 40), 7), ((256, 300), 1), ((720, 1280), 1)):
+        clip = np.random.default_rng(0).integers(0, 256, (2, *size, 3), np.uint8)
+        large = enlarge(clip)
+        assert np.array_equal(large[:, ::scale, ::scale], clip) and min(large.shape[1:3]) >= 256
+        assert large.shape[1:3] == (scale * size[0], scale * size[1]) and np.array_equal(large[:, scale - 1::scale,
+                                                                                             scale - 1::scale], clip)
+    code, _, err = call(monkeypatch, capsys, "--ckpt", tiny_files / "ckpt.pt", "--img", "cat.png", "--out", "a.png")
+    assert code == 0 and frames_of("a.png").shape == (9, 256, 384, 3), err
+    assert Image.open("a-strip.png").size == (3 * 384, 256)
+
+
+def grey_shares(path):
+    """Of the pictures of a --watch animation: the share of the film strip that is grey, in each."""
+    return [(abs(picture[64:-64, 64:-64].astype(int) - 128).max(-1) <= 2).mean() for picture in frames_of(path)]
+
+
+@pytest.mark.parametrize("args, given, pictures", [
+    (["--img", "cat.png"], 1 / 3, 2 * 3),
+    (["--img", "cat.png", "--n", 2, "--no-cache", "--frames", 13, "--out", "a"], 1 / 4, 3 * 3),
+    (["--prompt", "a cat"], 0, 6 + 2 * 3),  # frame 0: no more steps than tokens
+    (["--video", "clip.png", "--box", "0,16,8,24", "--prompt", "a star"], 5 / 6, 3 * 1),
+])
+def test_watch_shows_every_unmasking_step(tiny, folder, args, given, pictures):
+    """[MASK]s are grey, ever fewer, and at last none is left; the clip is the same as without."""
+    video, _ = world.clip(0, 9, 16, 24)
+    first, *rest = map(Image.fromarray, video)
+    first.save("clip.png", save_all=True, append_images=rest)
+    out = "a" if "--out" in args else "a.webp"
+    code, text, err = tiny(*args, "--out", out, "--watch")
+    assert code == 0 and "a-watch.gif" in text, err
+    shares = grey_shares("a-watch.gif")
+    assert len(shares) == pictures and shares[-1] < 0.02 and (np.diff(shares) < 0).all()
+    assert 0.6 * (1 - given) < shares[0] < 1 - given
+    if out == "a.webp":
+        watched = frames_of("a.webp")
+        assert tiny(*args, "--out", "b.webp")[0] == 0 and np.array_equal(watched, frames_of("b.webp"))
+    assert not (folder / "b-watch.gif").exists()
 
 
 def test_mp4_is_written_or_the_missing_package_is_named(tiny, folder):
@@ -82,8 +123,8 @@ def test_seed_and_cache(tiny):
 
 
 def test_options_change_the_shape_of_the_clip(tiny):
-    code, _, err = tiny("--img", "cat.png", "--out", "a.png", "--frames", 13, "--size", "32x16", "--scale", 3)
-    assert code == 0 and frames_of("a.png").shape == (13, 96, 48, 3), err
+    code, _, err = tiny("--img", "cat.png", "--out", "a.png", "--frames", 13, "--size", "32x16")
+    assert code == 0 and frames_of("a.png").shape == (13, 32, 16, 3), err
 
 
 def test_what_the_sampler_is_given(tiny, tiny_files, folder, monkeypatch, capsys):
@@ -91,7 +132,7 @@ def test_what_the_sampler_is_given(tiny, tiny_files, folder, monkeypatch, capsys
     write_video(folder / "clip.png", world.clip(0, 9, 16, 24)[0], 12)
     seen = []
 
-    def generate(model, given, captions, frames, sampling, use_cache, then, keep, progress):
+    def generate(model, given, captions, frames, sampling, use_cache, then, keep, progress, watch):
         seen.append((given.shape[:2], captions, frames, sampling, use_cache, then))
         return torch.zeros(len(given), frames, 2, 3, 16)
 
@@ -260,8 +301,6 @@ BAD = [
     ([*CAT, "--temperature", "hot"], ["--temperature", "hot", "progressive"]),
     ([*CAT, "--temperature", "3"], ["--temperature", "3 should be from 0 to 2"]),
     ([*CAT, "--n", "0"], ["--n", "0 should be", "1"]),
-    ([*CAT, "--scale", "0"], ["--scale", "0 should be from 1 to 64"]),
-    ([*CAT, "--scale", "1000"], ["--scale", "from 1 to 64"]),
     ([*CAT, "--fps", "0"], ["--fps", "0 should be from 1 to 240"]),
     ([*CAT, "--seed", "-1"], ["--seed", "-1 should be from 0"]),
     ([*CAT, "--seed", str(2**63)], ["--seed"]),
