@@ -528,7 +528,10 @@ def test_init_brings_its_tokenizer_size_and_sizes(folder, monkeypatch, tiny_file
     """Its weights know the tokens of that one; the model has its architecture, whatever the preset's is."""
     content = checkpoint(tiny_files / "ckpt.pt")
     content["config"]["snr_clip"] = 0.5
+    content["options"].update(lr=0.5, seed=9, batch=2, noise=0.7)
     torch.save(content, "init.pt")
+    a, *_ = train.read_options(["--frames", "5", "--init", "init.pt"])
+    assert (a.size, a.lr, a.seed, a.batch, a.noise) == ((16, 24), 8e-4, 0, 16, 0.15)  # how it was trained is not kept
     assert run_train(monkeypatch, "--frames", 5, "--steps", 1, "--batch", 2, "--init", "init.pt") == 0
     after = checkpoint("out/ckpt.pt")
     assert same(after["tokenizer"]["state"], content["tokenizer"]["state"])
