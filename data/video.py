@@ -1,6 +1,6 @@
 """Pictures and clips as files: reading them, writing them, and a folder of them to train on.
 
-Pillow reads what it can; .mp4, .webm, .mov, .mkv and .avi go through av (pip install av).
+Pillow reads what it can; .mp4, .webm, .mov and .mkv go through av (pip install av).
 """
 import csv
 import sys
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from data.files import DATA, Bad, check_writable, need, write
 
 warnings.simplefilter("error", Image.DecompressionBombWarning)
-VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
+VIDEOS = (".mp4", ".webm", ".mov", ".mkv")
 ANIMATIONS = (".gif", ".webp", ".apng")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
