@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from os.path import relpath
 from pathlib import Path
 
+import data  # before torch, for Ctrl-C
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -107,7 +108,7 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
 def load_checkpoint(path):
     """A file of train.py as a dict. Raises Bad."""
     checkpoint = load(path, "videomar")
-    if checkpoint.get("format") != FORMAT:
+    if checkpoint.get("format") != FORMAT or "tokenizer" not in checkpoint:
         raise Bad(f"{path}: a checkpoint of another version of this code; train one with train.py")
     return checkpoint
 
@@ -138,7 +139,7 @@ def load_model(path, device="cpu", dtype=torch.float32, text=None, tokenizer=Non
     """A checkpoint of train.py -> model, tokenizer, the checkpoint. tokenizer: path of one with the same tokens."""
     checkpoint = load_checkpoint(path)
     model = build_model(checkpoint, path, device, dtype, text)
-    tokenizer = open_tokenizer(tokenizer, checkpoint["tokenizer"], device)
+    tokenizer = open_tokenizer(tokenizer, checkpoint["tokenizer"], device, path)
     check_tokens(tokenizer, checkpoint["tokenizer"], path)
     return model, tokenizer, checkpoint
 
@@ -179,7 +180,7 @@ def options_parser():
     region.add_argument("--box", type=y0_x0_y1_x1, help="pixels such as 0,0,32,64: make these of --video anew (none)")
     region.add_argument("--mask", type=Path, help="the same with a picture, white where --video is made anew (none)")
     add = parser.add_argument
-    add("--context", type=number(int, 1), help="latent frames of --video that are given (2)")
+    region.add_argument("--context", type=number(int, 1), help="latent frames of --video that are given (2)")
     add("--prompt", help="what happens (the text in NAME.txt beside the picture)")
     add("--then", nargs=2, action="append", default=[], metavar=("FRAME", "PROMPT"),
         help="another prompt from this pixel frame on (none)")
@@ -215,7 +216,7 @@ def kept_tokens(a, size, stride):
         region[a.box] = True
     if not region.any():
         raise Bad(f"--box, --mask: no pixel of {size[0]}x{size[1]} is marked; give y0,x0,y1,x1, or paint it white")
-    return F.max_pool2d(region[None, None].float(), stride[1:])[0, 0] == 0
+    return F.max_pool2d(region[None].float(), stride[1:])[0] == 0
 
 
 def check(a):
@@ -252,7 +253,7 @@ def main():
     source = find(a.img or a.video or Path("clip")).resolve()  # "." has a name, too
     prompt = a.prompt if a.prompt is not None else caption_of(source)
     print(f"prompt: {prompt[:200]!r}" + (f" (beside {relpath(source)})" if prompt and a.prompt is None else ""))
-    out = a.out or Path("out") / f"{source.stem}.gif"
+    out = a.out or Path(f"out/{source.stem}.gif")
     paths = [out if a.n == 1 else out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(a.n)]
     strip, watched = out.with_name(f"{out.stem}-strip.png"), out.with_name(f"{out.stem}-watch.gif")
     for path in (find(p).resolve() for p in (a.img, a.video, a.mask) if p):
@@ -261,12 +262,10 @@ def main():
     keep = kept_tokens(a, size, tokenizer.stride).to(device) if edit else None
     then = later_prompts(a, first, frames, stride, model.config)
 
-    steps = []
-
     def watch(*step):
         steps.append(draw_step(tokenizer, *step))
 
-    start = time.time()
+    start, steps = time.time(), []
     with torch.no_grad(), autocast:
         if n_given:
             pixels = torch.from_numpy(read_clip(source, size, first))

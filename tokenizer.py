@@ -12,6 +12,7 @@ import zlib
 from functools import lru_cache
 from pathlib import Path
 
+import data  # before torch, for Ctrl-C
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -180,8 +181,8 @@ class Cosmos(nn.Module):
                 "mean": self.mean.cpu(), "std": self.std.cpu()}
 
 
-def open_tokenizer(named=None, packed=None, device="cpu"):
-    """The tokenizer that is named, else the packed one (of a checkpoint, of latents), else the one that ships.
+def open_tokenizer(named=None, packed=None, device="cpu", owner=None):
+    """The tokenizer that is named, else the packed one of its owner (a checkpoint, latents), else the one that ships.
 
     named: a file of ours that holds a tokenizer, or the folder of a Cosmos-Tokenizer. Raises Bad.
     """
@@ -200,7 +201,7 @@ def open_tokenizer(named=None, packed=None, device="cpu"):
         tokenizer.load_state_dict(packed["state"])
     except (KeyError, TypeError, RuntimeError, IndexError, ValueError, AttributeError) as e:
         reason = f"its tokenizer does not fit this code ({type(e).__name__})"
-        raise Bad(f"{named or 'the checkpoint'}: {reason}; train one with tokenizer.py") from None
+        raise Bad(f"{named or owner}: {reason}; train one with tokenizer.py") from None
     return tokenizer.to(device).eval().requires_grad_(False)
 
 
@@ -263,12 +264,16 @@ class Pretrained(nn.Module):
         super().__init__()
         self.name, self.device = str(name), device
         try:
+            from huggingface_hub import snapshot_download
             from transformers import AutoModel, AutoTokenizer
         except ImportError:
             raise Bad(f"--text {name} needs transformers, 4.56 or newer: pip install -U transformers") from None
         try:
-            split = AutoTokenizer.from_pretrained(name)
-            net = AutoModel.from_pretrained(name, dtype=dtype).to(device).eval().requires_grad_(False)
+            # Without a network this takes what is in the cache at once, where from_pretrained tries for minutes.
+            kinds = "*.json", "*.txt", "*.model", "*.safetensors"
+            folder = name if Path(name).is_dir() else snapshot_download(name, allow_patterns=kinds)
+            split = AutoTokenizer.from_pretrained(folder)
+            net = AutoModel.from_pretrained(folder, dtype=dtype).to(device).eval().requires_grad_(False)
 
             @lru_cache(1000)
             @torch.no_grad()
@@ -306,10 +311,10 @@ def options_parser():
                                        "that ships); else: a file of ours, whose decoder alone is trained (a new one)")
     add("--text", help="with --encode, also write the states of this text encoder, such as Qwen/Qwen2-1.5B (none)")
     add("--fps", type=number(float, 0.01, 1000), help="pictures a second to take from the clips (all)")
-    add("--stride", type=sizes("4x8x8"), default=(4, 8, 8), help="frames x rows x columns of a token (4x8x8)")
+    add("--stride", type=sizes("4x8x8"), help="frames x rows x columns of a token (4x8x8)")
     add("--size", type=sizes("64x64"), default=(64, 64), help="HEIGHTxWIDTH of the clips (64x64)")
     add("--frames", type=int, default=25, help="pixel frames of a clip; a step takes three latent frames of it (25)")
-    add("--width", type=number(int, 16), default=192, help="channels inside (192)")
+    add("--width", type=number(int, 16), help="channels inside (192)")
     add("--steps", type=number(int, 1), default=8000, help="training steps (8000)")
     add("--lr", type=number(float, 1e-9, 1), default=1e-2, help="learning rate of Muon; AdamW's is 0.4 of it (0.01)")
     add("--batch", type=number(int, 1), default=16, help="clips a step (16)")
@@ -322,7 +327,8 @@ def options_parser():
 def encode(a, device, dtype):
     """--encode: the latents of a folder of clips."""
     begun = a.out / "latents.pt"  # of a run that was stopped
-    tokenizer = open_tokenizer(a.tokenizer, load(begun, "latents")["tokenizer"] if begun.exists() else None, device)
+    packed = load(begun, "latents")["tokenizer"] if begun.exists() else None
+    tokenizer = open_tokenizer(a.tokenizer, packed, device, begun)
     check_size(tokenizer.stride, a.frames, *a.size)
     source = Folder(a.encode, a.fps)
     print(source.about, flush=True)
@@ -335,15 +341,17 @@ def main():
     a = options_parser().parse_args()
     if not a.encode and (a.text or a.tokenizer and a.tokenizer.is_dir()):
         raise Bad("--text, or a Cosmos-Tokenizer: neither is trained here; give them with --encode")
+    if a.tokenizer and (a.stride or a.width):
+        raise Bad("--stride, --width: they are those of --tokenizer; leave them out")
     device, dtype, autocast = choose_hardware(a)
     check_writable(a.out / "x")
     torch.manual_seed(a.seed)
     if a.encode:
         return encode(a, device, dtype)
-    _, p, q = a.stride
+    tokenizer = Tokenizer(a.stride or (4, 8, 8), width=a.width or 192).to(device)
+    _, p, q = tokenizer.stride
     if p != q or p < 2 or p & (p - 1):
         raise Bad(f"--stride {'x'.join(map(str, a.stride))}: rows and columns must be equal, and 2, 4, 8, 16 or so on")
-    tokenizer = Tokenizer(a.stride, width=a.width).to(device)
     if a.tokenizer:
         tokenizer = open_tokenizer(a.tokenizer, None, device).requires_grad_(True)
     part = tokenizer.decoder if a.tokenizer else tokenizer  # what is trained

@@ -11,12 +11,14 @@ import random
 import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "10000")  # the CPU's kernels are made for each shape
 
+import data  # before torch, for Ctrl-C
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -44,7 +46,7 @@ FULL = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)  # on
 
 def options_parser():
     parser = Parser(description="Train VideoMAR on the drawn world, or on your own clips")
-    add = parser.add_argument
+    add, start = parser.add_argument, parser.add_mutually_exclusive_group()
     add("--preset", choices=PRESETS, help="sizes and training settings (that of --init, else toy)")
     add("--frames", type=sizes("5,13,25"), help="pixel frames of each stage of the curriculum (by the preset: 5,13,25)")
     add("--steps", type=sizes("5,13,25"), help="training steps: one number, or one for each stage (by the preset)")
@@ -54,8 +56,8 @@ def options_parser():
     add("--tokenizer", type=Path, help="file that holds one of ours, or folder of a Cosmos-Tokenizer (that of --init "
                                        "or of latents, else the one that ships)")
     add("--text", help="folder or name of a text encoder for transformers, such as Qwen/Qwen2-1.5B (learned words)")
-    add("--init", type=Path, help="start from the weights of this checkpoint (from nothing)")
-    add("--resume", action="store_true", help="go on exactly where the checkpoint in --out stopped (off)")
+    start.add_argument("--init", type=Path, help="start from the weights of this checkpoint (from nothing)")
+    start.add_argument("--resume", action="store_true", help="go on exactly where the run in --out stopped (off)")
     add("--out", type=Path, default=Path("out"), help="folder of the checkpoints, log.csv and the film strips (out)")
     add("--batch", type=number(int, 1), help="clips a step, over all ranks (by the preset: 16, 64)")
     add("--parts", type=number(int, 1), help="parts in which a batch is computed, divided over the ranks (one a rank)")
@@ -145,7 +147,8 @@ def get_batch(a, source, config, stride, stage, t, step, part):
     change_until = (t - 1) * stride if a.frame0 and config.loss == "next-frame" else 0
     size = a.batch // a.parts
     first = a.seed * 2**40 + step * a.batch + part * size
-    return source.batch(range(first, first + size), frames, a.size, a.frames[stage], change_until)
+    seeds = range(first, first + size)
+    return source.batch(seeds, frames, a.size, length=a.frames[stage], change_until=change_until)
 
 
 def make_model(a, checkpoint, channels, device, dtype):
@@ -177,6 +180,8 @@ def make_model(a, checkpoint, channels, device, dtype):
 
 def shard(model, device):
     """FSDP2: each rank keeps a part of every tensor; those of a block, and of the MLP, are gathered while it runs."""
+    # The view is that of `text_keys_values`, which nothing changes in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .FSDPBlock. returned a view")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for module in (*model.blocks, model.diffusion_mlp, model):
         fully_shard(module, mesh=mesh)
@@ -246,7 +251,7 @@ def main():
     rank, world_size = start_ranks(device)
 
     # ------------------------------------------------------------------------------------------------------- data
-    tokenizer = open_tokenizer(a.tokenizer, checkpoint.get("tokenizer", source.packed), device)
+    tokenizer = open_tokenizer(a.tokenizer, checkpoint.get("tokenizer", source.packed), device, a.init or a.data)
     check_tokens(tokenizer, checkpoint["tokenizer"] if a.resume else source.packed, a.init if a.resume else a.data)
     stride = tokenizer.stride[0]
     for frames in a.frames:
@@ -276,7 +281,7 @@ def main():
         held = lock(a.out)
         if not a.resume and (a.out / "ckpt.pt").exists():
             os.replace(a.out / "ckpt.pt", a.out / "ckpt-before.pt")
-        log = (a.out / "log.csv").open("a" if a.resume else "w", buffering=1)  # line by line; a kill may repeat steps
+        log = open(a.out / "log.csv", "a" if a.resume else "w", buffering=1)  # line by line; a kill may repeat steps
         if not a.resume:
             print("step,stage,t,loss,lr,seconds", file=log)
         print(f"model      {a.preset}, {sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dtype}")

@@ -1,8 +1,9 @@
 """VideoMAR: autoregressive video generation with continuous tokens (arXiv 2506.14168), the model in one file.
 
 A clip of 1 + s*k pixel frames is T = 1 + k latent frames of N = h*w tokens of C channels (tokenizer.py). Frame 0 is
-given. Every later frame starts as N [MASK] tokens and is filled in a few steps; the transformer reads all earlier
-frames and the tokens filled so far, and a small diffusion MLP draws each token's value from its hidden state.
+the given picture. Every later frame starts as N [MASK] tokens and is filled in a few unmasking steps; the transformer
+reads all earlier frames and the tokens filled so far, and a small diffusion MLP draws each token's value from its
+hidden state. Without a picture (ours), frame 0 is filled in the same way from the caption alone.
 
 In the order the data flows: configuration, positions, attention and its cache, block, diffusion, model and loss,
 the schedules of training and sampling. The sampler that runs all this frame by frame is in sample.py.
@@ -63,7 +64,8 @@ class Sampling:
 
 
 # Sizes of a model, how train.py trains it, steps of a stage of the curriculum by its pixel frames, how it is sampled.
-# "paper" is the paper's first resolution; its steps are not told.
+# "paper" is the paper's first resolution; its steps are not told. What is not set here comes from the source of clips:
+# the drawn world has its own guidance, temperature, noise and share of frame 0 (data/world.py).
 PRESETS = {
     "toy": {
         "model": Config(layers=6, dim=192, heads=6, text_dim=128, diffusion_dim=256, snr_clip=1.0),

@@ -1,10 +1,11 @@
 """Files, devices and options: what every script here needs, with no idea of the paper in it."""
 import argparse
 import errno
-import importlib.util
+import importlib
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
 import warnings
@@ -22,6 +23,7 @@ class Bad(Exception):
 
 def run(main):
     """Runs a script's main. Bad input, a full disk or too little memory is one line on stderr and exit code 2."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in place of that in __init__.py
     try:
         return main()
     except KeyboardInterrupt:
@@ -31,8 +33,8 @@ def run(main):
     except OSError as e:
         line = f"{e.filename or 'output'}: {e.strerror or e}"
     except (MemoryError, RuntimeError) as e:
-        # The CPU's allocator has no error class of its own.
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e):
+        # Torch's are RuntimeErrors: "Tried to allocate 2 GiB", "can't allocate memory".
+        if not isinstance(e, MemoryError) and "allocate" not in str(e):
             raise
         line = "not enough memory; ask for a smaller --size, --batch or --n, or for fewer --frames"
     tqdm.write(f"{Path(sys.argv[0]).name}: {line}", sys.stderr)  # on a line of its own, below a progress bar
@@ -77,12 +79,12 @@ def sizes(like):
 # ------------------------------------------------------------------------------------------------------- files
 def check_writable(path):
     """Raises Bad unless a file can be written at `path`, whose folders may still be missing."""
-    folder = next(p for p in Path(path).absolute().parents if p.exists())
+    folder = next(p for p in path.absolute().parents if p.exists())
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
         raise Bad(f"--out {path}: {folder} is not a folder that can be written ({e.strerror})") from None
-    if Path(path).name in ("", ".."):
+    if path.name in ("", ".."):
         raise Bad(f"--out {path}: this is not the name of a file; choose another place")
 
 
@@ -127,8 +129,8 @@ def lock(folder):
     try:
         import fcntl
     except ImportError:  # Windows
-        return None
-    file = (folder / ".lock").open("w")
+        return
+    file = open(folder / ".lock", "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -138,9 +140,10 @@ def lock(folder):
 
 def need(package, what):
     """The optional package, or one line that says what to install."""
-    if importlib.util.find_spec(package) is None:
-        raise Bad(f"{what} needs the package {package}: pip install {package}")
-    return importlib.import_module(package)
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise Bad(f"{what} needs the package {package}: pip install {package}") from None
 
 
 # ----------------------------------------------------------------------------------------------------- devices

@@ -1,6 +1,6 @@
 """Pictures and clips as files: reading them, writing them, and a folder of them to train on.
 
-Pillow reads what it can; .mp4, .webm, .mov and .mkv go through av (pip install av).
+Pillow reads what it can; .mp4, .webm, .mov, .mkv and .avi go through av (pip install av).
 """
 import csv
 import sys
@@ -20,28 +20,28 @@ from tqdm import tqdm
 from data.files import DATA, Bad, check_writable, need, write
 
 warnings.simplefilter("error", Image.DecompressionBombWarning)
-VIDEOS = (".mp4", ".webm", ".mov", ".mkv")
+VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
 ANIMATIONS = (".gif", ".webp", ".apng")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
 
 # ------------------------------------------------------------------------------------------------------ reading
 def find(path):
-    """The path, or the file of this name in data/ if a bare name is not in the current folder."""
-    return DATA / path if not path.exists() and path.name == str(path) and (DATA / path).exists() else path
+    """The path, or the file of this name in data/ if there is none in the current folder."""
+    return DATA / path if not path.exists() and (DATA / path).exists() else path
 
 
 def caption_of(path):
     """The text in NAME.txt beside a clip or a folder of pictures NAME, "" without such a file."""
     note = path.parent / f"{path.name if path.is_dir() else path.stem}.txt"
-    return note.read_text(errors="replace").strip() if note.is_file() else ""
+    return note.read_text("utf-8-sig", "replace").strip() if note.is_file() else ""
 
 
 def read_csv(path, *columns):
     """The rows of a csv file that has these columns. Raises Bad."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            return [tuple(row[column] for column in columns) for row in csv.DictReader(file, strict=True)]
+            return [tuple(row[column] for column in columns) for row in csv.DictReader(file, restval="", strict=True)]
     except (OSError, KeyError, ValueError, csv.Error) as e:
         reason = f"it cannot be read ({type(e).__name__})"
         raise Bad(f"{path}: {reason}; give a csv in UTF-8 whose first line is {','.join(columns)}") from None
@@ -52,9 +52,7 @@ def to_rgb(image):
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
 
 
 def upright(frame, stretch):
@@ -67,7 +65,7 @@ def upright(frame, stretch):
 
 def pictures_in(folder):
     """The files of pictures in a folder, 2.png before 10.png."""
-    files = [file for file in folder.iterdir() if file.suffix.lower() in PICTURES and file.name[0] != "."]
+    files = [file for file in folder.glob("[!.]*") if file.suffix.lower() in PICTURES]
     return sorted(files, key=lambda file: (len(file.name), file.name))
 
 
@@ -78,8 +76,11 @@ def is_clip(folder):
 
 
 @lru_cache(100_000)  # of an animation or a video it reads the whole file
-def timeline(path):
-    """When each picture of a clip appears, and when the last one goes, in seconds. A folder's pictures are numbered."""
+def timeline(path, changed):
+    """When each picture of a clip appears, and when the last one goes, in seconds. A folder's pictures are numbered.
+
+    changed: the time of the file's last change, for the cache.
+    """
     if path.is_dir():
         count = len(pictures_in(path))
         return np.arange(count), count
@@ -88,19 +89,20 @@ def timeline(path):
             stream = file.streams.video[0]
             start = stream.start_time or 0  # a file cut without a new encoding has packets before it
             shown = [p.pts for p in file.demux(stream) if p.pts is not None and p.pts >= start]
-            times = np.array(sorted(float(pts * stream.time_base) for pts in shown))
-        return times - times[0], times[-1] - times[0] + float(1 / (stream.average_rate or 25))
+            times = (np.sort(shown) - min(shown)) * float(stream.time_base)
+        return times, times[-1] + float(1 / (stream.average_rate or 25))
     durations = []
     with Image.open(path) as image:
         for frame in ImageSequence.Iterator(image):
             frame.load()  # a WebP tells the duration only then
             durations.append((frame.info.get("duration") or 100) / 1000)
-    return np.cumsum([0, *durations[:-1]]), sum(durations)
+    ends = np.cumsum(durations)
+    return ends - durations, ends[-1]
 
 
 def pictures(path, frames, fps, place, length):
     """Yields the pictures that `read_clip` returns, in their full size."""
-    times, seconds = timeline(path)
+    times, seconds = timeline(path, path.stat().st_mtime_ns)
     if path.is_dir():
         fps = None  # its pictures have no times
     count = int(seconds * fps + 1e-6) if fps else len(times)
@@ -140,8 +142,7 @@ def read_clip(path, size, frames=1, fps=None, place=0.0, length=None):
     all of them by default; place in [0, 1]: from the clip's beginning to its end. Raises Bad.
     """
     try:
-        wide = size[1], size[0]
-        clip = [np.asarray(ImageOps.fit(picture, wide, Image.Resampling.LANCZOS))
+        clip = [np.asarray(ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS))
                 for picture in pictures(path, frames, fps, place, length or frames)]
         if len(clip) < frames:
             raise EOFError  # the file ends before its own index does
@@ -159,8 +160,8 @@ def read_clip(path, size, frames=1, fps=None, place=0.0, length=None):
 class Source:
     """Where training takes clips from: `World` (data/world.py), `Folder` below, `Latents` (data/latents.py).
 
-    batch(seeds, frames, size, length, change_until) -> the first `frames` of clips that have `length` pixel frames,
-    and their captions: a function of the seeds. about: a line for the log; files: what tells on --resume that they
+    draw(seed, frames, size, length, change_until) -> the first `frames` of a clip that has `length` pixel frames, and
+    its caption: a function of the seed. about: a line for the log; files: what tells on --resume that they
     are the same; skipped: what could not be used. sampling, training: defaults of train.py for this source.
     """
 
@@ -168,6 +169,11 @@ class Source:
     text = packed = None  # of latents: the name of their text encoder, their tokenizer
     fixed = {}  # options that follow from latents
     sampling, training = {}, {"noise": 0.0, "frame0": 0.0}
+
+    def batch(self, seeds, frames, size, **options):
+        """-> video uint8 (batch, frames, H, W, 3), captions."""
+        clips, captions = zip(*(self.draw(seed, frames, size, **options) for seed in seeds))
+        return torch.from_numpy(np.stack(clips)), list(captions)
 
     def held_out(self, count, frames, size):
         """Clips for the film strips. Those of a folder are not held out in truth: training just does not draw them."""
@@ -201,7 +207,7 @@ class Folder(Source):
             if any(part[0] == "." for part in name.parts) or strips in (path, *path.parents):
                 continue
             if path.suffix.lower() in VIDEOS + ANIMATIONS or path.is_dir() and is_clip(path):
-                self.clips.append((path, captions.get(str(name), caption_of(path))))
+                self.clips.append((path, captions.get(name.as_posix(), caption_of(path))))
         if not self.clips:
             raise Bad(f"{folder}: no clips in it; looked for {', '.join(VIDEOS + ANIMATIONS)} and folders of pictures")
         if any(path.suffix.lower() in VIDEOS for path, _ in self.clips):
@@ -221,18 +227,13 @@ class Folder(Source):
                 self.skipped[path] = str(e)
                 tqdm.write(f"warning: skipped {str(e).split(';')[0]}", sys.stderr)
 
-    def draw(self, seed, frames, size, length):
+    def draw(self, seed, frames, size, length=None, change_until=0):
         """A clip, and the place in it, drawn by the seed; another one if it cannot be used. Raises Bad if none can."""
         rng = np.random.default_rng((seed, 1))
         for _ in range(20 + 20 * len(self.clips)):
             if clip := self.read(int(rng.integers(len(self.clips))), frames, size, rng.random(), length):
                 return clip
-        first = next(iter(self.skipped.values()), "")
-        raise Bad(f"{self.folder}: none of its {len(self.clips)} clips can be used; the first: {first}")
-
-    def batch(self, seeds, frames, size, length=None, change_until=0):
-        clips, captions = zip(*(self.draw(seed, frames, size, length) for seed in seeds))
-        return torch.from_numpy(np.stack(clips)), list(captions)
+        raise Bad(f"{self.folder}: none of its {len(self.clips)} clips can be used; see the warnings")
 
 
 def read_ahead(function, items, threads):
@@ -274,7 +275,7 @@ def enlarge(clip):
 
 def write_strip(path, rows, every):
     """A film strip: a row for each clip (uint8 frames), with one picture for each latent frame."""
-    strip = np.concatenate([np.concatenate(row[::every], 1) for row in rows])
+    strip = np.vstack([np.hstack(row[::every]) for row in rows])
     write(path, Image.fromarray(strip).save)
 
 
@@ -282,7 +283,7 @@ def draw_step(tokenizer, latents, masked, t, step, counts):
     """What `generate` tells `watch` -> the film strip of the first clip so far, uint8 (H, W, 3), grey for [MASK]."""
     video = tokenizer.decode(latents)[:, :, ::tokenizer.stride[0]]
     video *= F.interpolate(masked[:, None].float(), video.shape[2:]) == 0  # 0 is grey
-    strip = np.concatenate(enlarge(to_uint8(video[0])), 1)
+    strip = np.hstack(enlarge(to_uint8(video[0])))
     title = (f"latent frame {t} of {latents.shape[1] - 1}, step {step} of {len(counts)}:\n"
              f"{sum(counts[step:])} of {sum(counts)} tokens left")
     image = ImageOps.expand(Image.fromarray(strip), 64, "white")
@@ -292,13 +293,12 @@ def draw_step(tokenizer, latents, masked, t, step, counts):
 
 def write_pictures(folder, video):
     """A folder of numbered pictures, each replaced by itself, so that a kill leaves no picture half-written."""
-    there = [f for f in folder.glob("*") if not f.name.startswith(".part-")]  # which a kill leaves
-    if any(f.suffix != ".png" or not f.stem.isdigit() for f in there):
+    if any(f.suffix != ".png" or not f.stem.isdigit() for f in folder.glob("[!.]*")):
         raise Bad(f"{folder}: a folder with other things in it; choose another place with --out")
     files = [folder / f"{i:04d}.png" for i in range(len(video))]
     for file, frame in zip(files, video):
         write(file, Image.fromarray(frame).save)
-    for old in set(folder.iterdir()) - set(files):
+    for old in set(folder.glob("[!.]*")) - set(files):
         old.unlink()
 
 
@@ -309,7 +309,7 @@ def write_mp4(path, video, fps):
         stream = file.add_stream("libx264", Fraction(fps).limit_denominator(1001),
                                  width=width, height=height, pix_fmt="yuv420p")
         for frame in video:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
         file.mux(stream.encode())
 
 
@@ -324,14 +324,14 @@ def check_out(path):
 
 def write_video(path, video, fps):
     """uint8 (frames, H, W, 3) as .gif, .webp, .png (animated), .mp4 (needs av), or without an ending a folder."""
-    if path.suffix == "":
+    if not path.suffix:
         return write_pictures(path, video)
     if path.suffix == ".mp4":
         return write(path, lambda part: write_mp4(part, video, fps))
     frames, shortest = [Image.fromarray(frame) for frame in video], 1
     if path.suffix == ".gif":
         # Pillow's own choice of 256 colours changes from frame to frame, and dark colours and grey flicker.
-        frames = [f.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE) for f in frames]
+        frames = [f.quantize(method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE) for f in frames]
         shortest = 20  # ms: a faster GIF is shown slower
     write(path, lambda part: frames[0].save(part, save_all=True, append_images=frames[1:], loop=0, lossless=True,
                                             duration=max(shortest, 1000 / fps)))

@@ -12,7 +12,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for this file as a script
 
 import numpy as np
-import torch
 
 from data.files import run
 from data.video import Source, write_video
@@ -64,7 +63,7 @@ def scene(seed, height=64, width=64, held_out=False):
         for _ in range(1000):
             r = rng.uniform(0.12, 0.19)
             x, y = rng.uniform(r, np.array([width, height]) / min(height, width) - r)
-            new = Sprite(SHAPES[rng.integers(6)], str(colours[k]), MOTIONS[rng.integers(20)], x, y, r)
+            new = Sprite(str(rng.choice(SHAPES)), str(colours[k]), str(rng.choice(MOTIONS)), x, y, r)
             apart = all(np.hypot(s.x - x, s.y - y) > s.r + r for s in sprites)
             if apart and new.held_out() == held_out:
                 break
@@ -183,10 +182,8 @@ class World(Source):
     sampling = {"cfg": 1.5, "temperature": 0.0}
     training = {"noise": 0.15, "frame0": 0.05}
 
-    def batch(self, seeds, frames, size, length=None, change_until=0, held_out=False):
-        """-> video uint8 (batch, frames, H, W, 3), captions."""
-        clips, captions = zip(*(clip(seed, frames, *size, held_out, change_until) for seed in seeds))
-        return torch.from_numpy(np.stack(clips)), list(captions)
+    def draw(self, seed, frames, size, length=None, change_until=0, held_out=False):
+        return clip(seed, frames, *size, held_out, change_until)
 
     def held_out(self, count, frames, size):
         return self.batch(range(count), frames, size, held_out=True)

@@ -1,91 +1,272 @@
-"""The README's assignments: each function blanked out in a copy turns its tests red, and nothing but it does.
-
-    python tests/test_assignments.py 3    blanks out exercise 3 in videomar.py; git checkout videomar.py brings it back
-"""
-import ast
-import os
-import shutil
-import subprocess
-import sys
+"""The course: wrong answers are red, each for its own reason; right ones are green, however they are written."""
+import csv
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-EXERCISES = {  # functions of videomar.py, and the tests of tests/test_model.py that are red without them
-    1: (["rope_angles", "rotate"], "rope"),
-    2: (["frame_causal_attention"], "causal"),
-    3: (["draw_mask_ratio", "unmask_counts"], "mask_ratio or unmask"),
-    4: (["DiffusionMLP.modulations", "DiffusionMLP.denoise"], "adaln"),
-    5: (["Diffusion.q_sample", "Diffusion.posterior"], "posterior"),
-    6: (["VideoMAR.draw_masked"], "next_frame or frame_t"),
-    7: (["VideoMAR.forward"], "cut_sequence"),
-    8: (["Cache.update"], "cache"),
-    9: (["progressive_temperature"], "progressive"),
-    10: (["Diffusion.sample"], "cfg or guidance"),
-}
+import assignments
+from assignment_checks import EXERCISES, first_wrong
+from conftest import ROOT, script
+from data.files import Bad
+
+SOURCE = (ROOT / "videomar.py").read_text()
+
+# Exercise, what a student writes in place of what, and what the check says about it.
+WRONG = [
+    (1, "math.floor(n * math.cos", "round(n * math.cos", "tokens stay masked; it must be"),
+    (1, "max(0, min(cosine, left - 1))", "max(0, cosine)", "each must reveal at least one"),
+    (1, "(len(counts) + 1) / steps", "len(counts) / steps", "after step 0 63 tokens stay masked"),
+    (1, "10.0 ** -(j + 1)", "10.0 ** -(j + 2)", "progressive_temperature(0) is 0.91"),
+    (1, "0.9 + 10.0 ** -(j + 1)", "1 - 0.1 * (j > 0)", "progressive_temperature(1) is 0.9"),
+    (1, "while left:", "for _ in range(steps - 1):", "all 64 tokens must be revealed"),
+
+    (2, "keys, values = self.buffer[layer]", "keys, values = self.buffer[0]", "and another layer was"),
+    (2, "return keys[:, :, :end], values[:, :, :end]",
+     "self.length = end\n        return keys[:, :, :end], values[:, :, :end]", "it moves `length`"),
+    (2, "return keys[:, :, :end], values[:, :, :end]", "return keys, values", "12 keys come back; it must be 4"),
+    (2, "return keys[:, :, :end], values[:, :, :end]", "return k, v", "4 keys come back; it must be 8"),
+    (2, "return keys[:, :, :end], values[:, :, :end]", "return values[:, :, :end], keys[:, :, :end]",
+     "keys of the first frame: at"),
+    (2, "keys[:, :, self.length:end] = k\n", "keys[:, :, :k.shape[2]] = k\n", "keys of the second frame"),
+
+    (3, "a, s = self.table[:2, i, 0]\n        return a * x0 + s * noise",
+     "a, s = self.table[:2, int(i), 0]\n        return a * x0 + s * noise", "in q_sample, line"),
+    (3, "c0, cx, low, high = self.table[2:, i, 0]", "c0, cx, low, high = self.table[2:, int(i), 0]",
+     "in posterior, line"),
+    (3, "return a * x0 + s * noise", "return a**2 * x0 + s**2 * noise", "q_sample in step"),
+    (3, "return c0 * x0 + cx * x, low", "return cx * x0 + c0 * x, low", "posterior's mean"),
+    (3, "low + (v + 1) / 2 * (high - low)", "low + v * (high - low)", "at v = -1"),
+    (3, "low + (v + 1) / 2 * (high - low)", "((v + 1) / 2 * high.exp() + (1 - v) / 2 * low.exp()).log()",
+     "between the bounds"),
+
+    (4, "count = math.ceil((end - begin) * draw_mask_ratio(self.config.mask_ratio))", "count = end - begin",
+     "10 of 10 tokens carry loss"),
+    (4, "math.ceil((end - begin)", "math.floor((end - begin)", "7 of 10 tokens carry loss"),
+    (4, ">= end\n        return masked.scatter", ">= begin\n        return masked.scatter",
+     "10 tokens of frame t are masked"),
+    (4, "torch.rand(batch, end - begin, device=device).argsort(1)",
+     "torch.rand(1, end - begin, device=device).argsort(1).expand(batch, -1)",
+     "all clips have the same masked tokens"),
+    (4, ">= end\n        return masked.scatter", "< 0\n        return masked.scatter",
+     "a frame after t is not wholly masked"),
+    (4, "places = begin + torch.rand", "places = torch.rand", "a frame before t is masked"),
+    (4, "return nn.init.trunc_normal_(torch.empty(1), mean, std, low, high).item()",
+     "return min(high, max(low, torch.normal(mean, std, (1,)).item()))", "truncated is not clamped"),
+    (4, "return nn.init.trunc_normal_(torch.empty(1), mean, std, low, high).item()",
+     "return low + (high - low) * torch.rand(1).item()", "of the draws are below"),
+    (4, 'if self.config.loss == "next-frame" else (0, frames * n)', "", "total-mask"),
+
+    (5, "scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)", "scores = q @ k.transpose(-1, -2)",
+     "attend, d = 16"),
+    (5, "masked_fill(~mask, -torch.inf)", "masked_fill(mask, -torch.inf)", "attend with a mask"),
+    (5, "return scores.softmax(-1)", "return scores.softmax(-2)", "the weights of a query sum to 1"),
+    (5, "end = earlier + start + n\n", "end = k.shape[2]\n", "when later frames change"),
+    (5, "earlier = k.shape[2] - q.shape[2]", "earlier = 0", "queries from frame"),
+    (5, "return torch.cat(frames, 2)",
+     "return attend(q, k, v, torch.ones(q.shape[2], k.shape[2]).tril(k.shape[2] - q.shape[2]).bool())",
+     "in its frame"),
+
+    (6, "frequencies = top * base ** (-torch.arange(0, d, 2, device=place.device) / d)",
+     "frequencies = top * torch.ones(d // 2)", "angles of a step along t"),
+    (6, "frequencies = top * base", "frequencies = base", "the fastest pair"),
+    (6, "place[:, None] * frequencies)\n    return torch.cat(angles, -1)",
+     "place[:, None] * frequencies)\n    return torch.cat(angles[::-1], -1)", "a step along t rotates the pairs"),
+    (6, "return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)",
+     "return torch.cat([a * cos + b * sin, b * cos - a * sin], -1)", "the other way round"),
+    (6, "a, b = x.chunk(2, -1)\n    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)",
+     "a, b = x[..., ::2], x[..., 1::2]\n"
+     "    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)", "turns into channel 1"),
+    (6, "    cos, sin = cos.to(x.dtype), sin.to(x.dtype)\n", "", "of x in bfloat16"),
+
+    (7, "torch.cat([angles.cos(), angles.sin()], -1)) + self", "torch.cat([angles.sin(), angles.cos()], -1)) + self",
+     "fastest number"),
+    (7, "torch.arange(128, device=z.device) / 128", "torch.arange(128, device=z.device) / 64",
+     "the time embedding: at"),
+    (7, "c = F.silu(self.time(torch.cat([angles.cos(), angles.sin()], -1)) + self.condition(z))",
+     "c = self.time(torch.cat([angles.cos(), angles.sin()], -1)) + self.condition(z)", "modulation of block 0"),
+    (7, "(*self.modulate, self.last_modulate)]", "self.modulate]", "2 modulations for 2 blocks"),
+    (7, "shift, scale, gate = modulation", "scale, shift, gate = modulation", "another shift in block 0"),
+    (7, "x = x + gate * mlp(", "x = gate * mlp(", "all modulations are 0"),
+    (7, "* (1 + scale) + shift)\n        shift, scale = mod", "* scale + shift)\n        shift, scale = mod",
+     "open gates"),
+    (7, "shift, scale = modulations[-1]", "scale, shift = modulations[-1]", "of the last norm"),
+
+    (8, "mean + temperature * (0.5 * logvar).exp() * torch.randn_like(x)", "mean", "no noise is added"),
+    (8, "temperature * (0.5", "(0.5", "at temperature 0, without noise"),
+    (8, "temperature * (0.5 * logvar).exp()", "(temperature > 0) * (0.5 * logvar).exp()", "0.5 gives the same"),
+    (8, "(0.5 * logvar).exp()", "logvar.exp()", "the noise of torch.randn_like"),
+    (8, "x = mean if i == 0 else mean +", "x = mean +", "which adds no noise"),
+    (8, ".clamp(-clamp, clamp)", "", "is not clamped"),
+    (8, ".clamp(-clamp, clamp)", ".clamp(-4, 4)", "clamped to 0.5"),
+    (8, "eps = eps_null + guidance * (eps - eps_null)", "eps = eps + guidance * (eps_null - eps)", "guidance 1"),
+    (8, "(v, _) = eps.chunk(2), v.chunk(2)", "(_, v) = eps.chunk(2), v.chunk(2)", "the variance is the caption's"),
+    (8, "for i in reversed(range(self.steps)):\n",
+     "x = x * temperature\n        for i in reversed(range(self.steps)):\n", "the first x"),
+    (8, "for i in reversed(range(self.steps)):\n", "for i in range(self.steps):\n", "it must be 7 to 0"),
+
+    (9, " / math.log(2)  # in bits", "", "divided by ln 2"),
+    (9, "torch.where(i[:, None] == 0, nll, kl)", "kl", "in step i = 0: the likelihood"),
+    (9, "eps.detach()", "eps", "must not have"),
+    (9, "weight = (snr_clip * (s / a) ** 2).clamp(max=1)", "weight = 1", "snr_clip = 1"),
+    (9, "+ variational).mean(-1)", "+ variational).mean()", "a number for each token"),
+    (9, "eps, v = net(x, self.timesteps[i], z)", "eps, v = net(x, i, z)", "not the step i"),
+    (9, "(weight * (eps - noise) ** 2 + variational)", "(weight * (eps - noise) ** 2)",
+     "the variational term is missing"),
+    (9, "torch.full_like(v, -1))  # its", "v)  # its", "the divergence of the variances"),
+
+    (10, "cut = cut and config.cuts", "cut = False", "24 tokens are run; it must be 18"),
+    (10, "cut = cut and config.cuts", "cut = config.cuts", "cut = False: 18 tokens"),
+    (10, "cut = cut and config.cuts\n", "pass\n", "with full attention"),
+    (10, "self.diffusion.loss(self.diffusion_mlp, x0, z, config.snr_clip).mean()",
+     "(self.diffusion_mlp(x0, torch.zeros(len(z)), z)[:, :4] - x0).pow(2).mean()", "is not called"),
+    (10, ", config.snr_clip).mean()", ").mean()", "snr_clip"),
+    (10, "z.flatten(0, 1).repeat(draws, 1)", "z.flatten(0, 1).repeat_interleave(draws, 0)", "goes with a target"),
+    (10, "draws = config.noise_draws", "draws = 1", "it must be 3 draws"),
+    (10, "target = x.take_along_dim(places[..., None], 1).float()", "target = x[:, t * n:t * n + places.shape[1]]",
+     "no token that carries loss"),
+    (10, "torch.rand(batch, device=x.device) < config", "torch.rand(1, device=x.device).expand(batch) < config",
+     "or none"),
+    (10, "torch.rand(batch, device=x.device) < config", "torch.rand(batch, device=x.device) > config",
+     "text_drop = 0"),
+]
+# The same, of right answers.
+RIGHT = [
+    (1, "cosine = math.floor(n * math.cos(math.pi / 2 * (len(counts) + 1) / steps))",
+     "cosine = int(n * math.sin(math.pi / 2 * (1 - (len(counts) + 1) / steps)))"),
+    (2, "return keys[:, :, :end], values[:, :, :end]", "return keys[:, :, :end].clone(), values[:, :, :end].clone()"),
+    (3, "return a * x0 + s * noise",
+     "return torch.stack([a * x + s * y for x, y, a, s in zip(x0, noise, a.expand(len(x0), 1), "
+     "s.expand(len(x0), 1))])"),
+    (4, "torch.rand(batch, end - begin, device=device).argsort(1)[:, :count]",
+     "torch.stack([torch.randperm(end - begin)[:count] for _ in range(batch)])"),
+    (5, "return torch.cat(frames, 2)",
+     "a, b = torch.arange(k.shape[2] - q.shape[2], k.shape[2]) // n, torch.arange(k.shape[2]) // n\n"
+     "    return F.scaled_dot_product_attention(q, k, v, attn_mask=a[:, None] >= b)"),
+    (5, "scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)",
+     'scores = torch.einsum("bhqd, bhkd -> bhqk", q, k) / math.sqrt(q.shape[-1])'),
+    (6, "a, b = x.chunk(2, -1)\n    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)",
+     "a, b = x.chunk(2, -1)\n    return x * cos.repeat(1, 2) + torch.cat([-b, a], -1) * sin.repeat(1, 2)"),
+    (7, "c = F.silu(", "c = (lambda y: y * y.sigmoid())("),
+    (8, "x = mean if i == 0 else mean + temperature * (0.5 * logvar).exp() * torch.randn_like(x)",
+     "x = mean + (i > 0) * temperature * logvar.exp().sqrt() * torch.randn(x.shape)"),
+    (9,
+     "kl = 0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp() + (true_mean - mean) ** "
+     "2 * (-logvar).exp())",
+     "normal = lambda mean, logvar: torch.distributions.Normal(mean, (logvar / 2).exp())\n"
+     "        kl = torch.distributions.kl_divergence(normal(true_mean, true_logvar), normal(mean, "
+     "logvar))"),
+    (10, "x0, z = target.flatten(0, 1).repeat(draws, 1), z.flatten(0, 1).repeat(draws, 1)",
+     "x0, z = target.flatten(0, 1).repeat_interleave(draws, 0), z.flatten(0, "
+     "1).repeat_interleave(draws, 0)"),
+]
 
 
-def blank(source, names):
-    """The source with the bodies of the named functions replaced by an error; docstrings stay."""
-    lines = source.split("\n")
-    for name in names:
-        *owner, function = name.split(".")
-        nodes = ast.parse(source).body
-        for part in owner:  # the class
-            nodes = next(node.body for node in nodes if getattr(node, "name", None) == part)
-        node = next(node for node in nodes if getattr(node, "name", None) == function)
-        body = node.body[1:] if ast.get_docstring(node) else node.body
-        first, rest = body[0].lineno - 1, body[-1].end_lineno
-        lines[first:rest] = [f'{" " * body[0].col_offset}raise NotImplementedError("{name}: write this")']
-        lines[first + 1:first + 1] = [None] * (rest - first - 1)  # the numbers of later lines stay
-    return "\n".join(line for line in lines if line is not None)
+def reason(tmp_path, exercise, old, new):
+    assert SOURCE.count(old) == 1, (SOURCE.count(old), old)
+    path = tmp_path / "videomar.py"
+    path.write_text(SOURCE.replace(old, new))
+    return first_wrong(exercise, path)
 
 
-def command(exercise):
-    return f'pytest tests/test_model.py -k "{EXERCISES[exercise][1]}"'
 
-
-def outcome(folder, exercise):
-    """The exit code of the exercise's command in a folder: 0 green, 1 red; a hang or no such test is neither."""
-    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_model.py"]
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([*pytest, "-k", EXERCISES[exercise][1]], cwd=folder, capture_output=True, timeout=120,
-                          env=environment)
-    return done.returncode
-
-
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("copy")
-    for name in ("videomar.py", "sample.py", "tokenizer.py"):
-        shutil.copy(ROOT / name, folder)
-    (folder / "tests").mkdir()
-    for name in ("conftest.py", "test_model.py"):
-        shutil.copy(ROOT / "tests" / name, folder / "tests")
-    shutil.copytree(ROOT / "data", folder / "data", ignore=shutil.ignore_patterns("*.pt", "*.gif", "*.png"))
-    return folder
+@pytest.mark.parametrize("exercise, old, new, words", WRONG)
+def test_a_wrong_answer_is_red_and_told_why(tmp_path, exercise, old, new, words):
+    assert words in (reason(tmp_path, exercise, old, new) or "")
 
 
 @pytest.mark.parametrize("exercise", EXERCISES)
-def test_an_exercise_is_red_while_it_is_blank(copy, exercise):
-    """Green when it is right is what the tests of test_model.py are anyway; here, that they are the ones selected."""
-    source = (ROOT / "videomar.py").read_text()
-    (copy / "videomar.py").write_text(blank(source, EXERCISES[exercise][0]))
-    assert outcome(copy, exercise) == 1
-    if exercise == 1:
-        (copy / "videomar.py").write_text(source)
-        assert all(outcome(copy, e) == 0 for e in (1, 7, 9))
+def test_each_exercise_has_wrong_answers_with_reasons_of_their_own(exercise):
+    words = [words for e, *_, words in WRONG if e == exercise]
+    assert len(words) >= 3 and len(set(words)) == len(words)
+
+
+@pytest.mark.parametrize("exercise, old, new", RIGHT)
+def test_a_right_answer_may_be_written_differently(tmp_path, exercise, old, new):
+    assert reason(tmp_path, exercise, old, new) is None
+
+
+@pytest.mark.parametrize("exercise", EXERCISES)
+def test_a_blank_exercise_is_red_and_the_others_stay_green(tmp_path, exercise):
+    path = tmp_path / "videomar.py"
+    path.write_text(assignments.blank(SOURCE, EXERCISES[exercise]))
+    assert first_wrong(exercise, path) == f"{EXERCISES[exercise][0]} is not written yet"
+    assert all(first_wrong(other, path) is None for other in EXERCISES if other != exercise)
+
+
+def test_start_writes_a_folder_and_changes_nothing_else(folder):
+    assignments.start(folder / "mine", None)
+    text, code = (folder / "mine/README.md").read_text(), (folder / "mine/videomar.py").read_text()
+    for names in EXERCISES.values():
+        for name in names:
+            assert f"{name} is not written yet" in code and f"`{name}" in text
+    assert "## 11. Open" in text and "### Hint" not in text and "GRADE" not in text
+    assert (ROOT / "videomar.py").read_text() == SOURCE
+    again = script("tests/assignments.py", "start", "mine")
+    assert again.returncode == 2 and "no answer is lost" in again.stderr
+
+    assignments.start(folder / "one", 3)
+    text, code = (folder / "one/README.md").read_text(), (folder / "one/videomar.py").read_text()
+    assert code.count("is not written yet") == 2 and "## 3." in text and "## 4." not in text
+
+
+def test_each_hint_costs_a_look(capsys):
+    assignments.hint(1, 1)
+    assert "--hint 1 2" in capsys.readouterr().out
+    assignments.hint(1, 2)
+    assert "floor" in capsys.readouterr().out
+    for wrong in ((1, 9), (1, 0), (12, 1)):
+        with pytest.raises(Bad):
+            assignments.hint(*wrong)
+
+
+def test_a_submission_that_hangs_exits_or_prints_hurts_no_other(folder):
+    """Each check is a process; exercise 10's own functions are those of the submission, the rest of it is ours."""
+    submissions = {
+        "hangs": "while True: pass",
+        "exits": "import os; os._exit(0)",
+        "leaves": "raise SystemExit(0)",
+        "prints": f"print('10 of 10: all green'); import sys; sys.stderr.write('x' * 10**6)\n{SOURCE}",
+        "is_broken": "def f(:",
+        "starts": f"import subprocess; subprocess.Popen(['sleep', '60'])\n{SOURCE}",
+    }
+    for name, code in submissions.items():
+        (folder / name).mkdir()
+        (folder / name / "videomar.py").write_text(code)
+    (folder / "empty").mkdir()
+    reasons = {name: assignments.grade_one(folder / name, 1, 20 if name != "hangs" else 4) for name in submissions}
+    assert "did not come to an end in 4 seconds" in reasons["hangs"]
+    assert "ended Python (exit code 0)" in reasons["exits"]
+    assert "SystemExit" in reasons["leaves"] and "SyntaxError" in reasons["is_broken"]
+    assert reasons["prints"] is None and reasons["starts"] is None
+    assert "no videomar.py" in assignments.grade_one(folder / "empty", 1, 4)
+
+
+def test_grade_tells_of_each_folder_and_writes_points(folder, monkeypatch, capsys):
+    monkeypatch.setattr(assignments, "EXERCISES", {1: EXERCISES[1], 2: EXERCISES[2]})
+    for name, code in (("ann", assignments.blank(SOURCE, EXERCISES[2])), ("bob", SOURCE)):
+        (folder / name).mkdir()
+        (folder / name / "videomar.py").write_text(code)
+    assignments.grade([Path("ann"), Path("bob")], 60, Path("points.csv"), False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["ann: 1 of 2: 1 green  2 red", "    2 red: Cache.update is not written yet",
+                     "bob: 2 of 2: 1 green  2 green"]
+    assert list(csv.reader((folder / "points.csv").open())) == [
+        ["folder", "1", "2", "points"], ["ann", "1", "0", "1"], ["bob", "1", "1", "2"]]
+
+
+def test_all_green_is_rewarded_with_a_film(folder, monkeypatch):
+    monkeypatch.setattr(assignments, "STEPS", 2)
+    monkeypatch.setattr(assignments, "FRAMES", 9)
+    (folder / "mine").mkdir()
+    (folder / "mine/videomar.py").write_text(SOURCE)
+    assignments.make_film(folder / "mine")
+    strip = Image.open(folder / "mine/film-strip.png")
+    assert strip.size == (3 * 256, 3 * 256 + 8)
+    rows = [strip.crop((0, y, 768, y + 256)).tobytes() for y in (0, 260, 520)]
+    assert rows[0] == rows[1] != rows[2]  # the same code and seed make the same film
 
 
 def test_the_readme_sets_them():
     readme = (ROOT / "README.md").read_text()
-    for exercise, (names, _) in EXERCISES.items():
-        assert command(exercise) in readme and all(f"`{name}`" in readme for name in names)
-
-
-if __name__ == "__main__":
-    path, exercise = ROOT / "videomar.py", int(sys.argv[1])
-    names, _ = EXERCISES[exercise]
-    path.write_text(blank(path.read_text(), names))
-    print(f"{path}: blanked out {', '.join(names)}; {command(exercise)}")
+    assert all(f"`{name}`" in readme for names in EXERCISES.values() for name in names)

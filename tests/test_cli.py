@@ -22,7 +22,7 @@ import train
 import videomar
 from data import files, world
 from data.files import DATA
-from data.video import enlarge, read_clip, timeline, to_float, write_video
+from data.video import enlarge, read_clip, to_float, write_video
 
 
 def call(monkeypatch, capsys, *args, module=sample):
@@ -240,6 +240,7 @@ def make_bad_files(folder, tiny_files):
     torch.save({**content, "format": content["format"] + 1}, "newer.pt")
     torch.save({k: v for k, v in content.items() if k != "format"}, "older.pt")
     torch.save({**content, "tokenizer": {"kind": "tokenizer"}}, "notok.pt")
+    torch.save({k: v for k, v in content.items() if k != "tokenizer"}, "nokey.pt")
     torch.save({**content, "ema": Malicious()}, "evil.pt")
     (folder / "evil.pkl").write_bytes(pickle.dumps(Malicious()))
     (folder / "file").write_text("precious")
@@ -284,6 +285,7 @@ BAD = [
     ([*CAT, "--wrong"], ["--wrong", "--help"]),
     ([*CAT, "--box", "0,0,8,8"], ["--box", "--video"]),
     (["--video", "one.png", "--box", "0,0,8"], ["--box", "0,0,8"]),
+    (["--video", "one.png", "--box", "0,0,8,8", "--context", "2"], ["--context", "not allowed with", "--box"]),
     (["--video", "one.png", "--box", "50,50,60,60"], ["--box", "no pixel"]),
     (["--video", "one.png", "--mask", "nowhere.png"], ["nowhere.png", "No such file"]),
     (["--video", "nothing", "--mask", "one.png", "--box", "0,0,8,8"], ["--box", "not allowed with", "--mask"]),
@@ -307,11 +309,11 @@ BAD = [
     ([*CAT, "--device", "toaster"], ["--device toaster", "cpu"]),
     ([*CAT, "--tokenizer", "nowhere"], ["nowhere", "no such file"]),
     ([*CAT, "--tokenizer", "nothing"], ["nothing", "encoder.jit"]),
-    ([*CAT, "--ckpt", "notok.pt"], ["the checkpoint: its tokenizer does not fit", "tokenizer.py"]),
+    ([*CAT, "--ckpt", "notok.pt"], ["notok.pt: its tokenizer does not fit", "tokenizer.py"]),
     *[([*CAT, "--ckpt", name], [name, word]) for name, word in (
         ("none.pt", "no such file"), ("cut.pt", "damaged"), ("empty.pt", "damaged"), ("else.pt", "not a videomar"),
         ("list.pt", "not a videomar"), ("shape.pt", "do not fit"), ("newer.pt", "another version"),
-        ("older.pt", "another version"), ("evil.pt", "not a videomar"),
+        ("older.pt", "another version"), ("nokey.pt", "another version"), ("evil.pt", "not a videomar"),
         ("evil.pkl", "not a videomar"), ("one.png", "damaged"))],
 ]
 
@@ -363,6 +365,19 @@ def test_ctrl_c_exits_with_130(folder, tiny_files):
     assert run.returncode == 130 and "Traceback" not in err and not list(folder.iterdir())
 
 
+@pytest.mark.parametrize("name", ["sample.py", "train.py", "tokenizer.py"])
+def test_ctrl_c_while_torch_is_imported_is_quiet(folder, name):
+    """A shell tells this end as 130, too. Where the code is a library, the handler is Python's own."""
+    (folder / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(100)\n")
+    run = subprocess.Popen([sys.executable, ROOT / name], env={**os.environ, "PYTHONPATH": str(folder)}, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert run.stdout.readline() == "importing\n"
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=30)
+    assert run.returncode == -signal.SIGINT and err == ""
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 # ------------------------------------------------------------------------------------------------ what is written
 def test_a_full_disk_keeps_the_old_file(tiny, folder, monkeypatch):
     (folder / "a.png").write_text("precious")
@@ -397,15 +412,16 @@ def test_a_folder_of_pictures_is_never_absent_and_each_picture_is_whole(folder, 
         write_video(folder / "clip", new, 12)
     look()
     assert len(seen) > 10 and seen[0] == [0] * 9 and seen[-1] == [255] * 5
-    (folder / "clip/.part-0003.png").write_bytes(b"half")  # as a kill leaves it
+    (folder / "clip/.part-0-0003.png").write_bytes(b"half")  # as a kill leaves it
     assert read_clip(folder / "clip", (16, 24), 5).shape == (5, 16, 24, 3)
     write_video(folder / "clip", old, 12)
     assert sorted(os.listdir("clip")) == [f"{i:04d}.png" for i in range(9)]
+    (folder / "clip/.DS_Store").touch()  # of a Mac's Finder
+    write_video(folder / "clip", old, 12)
     (folder / "clip/notes.txt").write_text("precious")
     with pytest.raises(files.Bad, match="clip: a folder with other things in it"):
         write_video(folder / "clip", new, 12)
     assert (folder / "clip/notes.txt").read_text() == "precious"
-    timeline.cache_clear()
     assert (read_clip(folder / "clip", (16, 24), 9) == 0).all()
 
 
@@ -444,6 +460,8 @@ def test_the_colours_of_a_gif_do_not_flicker(folder, size):
     (["--seed", "-1"], ["--seed", "-1 should be from"]),
     (["--seed", str(2**22)], ["--seed", "4194304 should be from 0 to 4194303"]),
     (["--init", "tokenizer.pt"], ["tokenizer.pt", "not a videomar"]),
+    (["--init", "ckpt.pt", "--resume"], ["--init", "not allowed with", "--resume"]),
+    (["--init", "notok.pt"], ["notok.pt: its tokenizer does not fit"]),
     (["--init", "ckpt.pt", "--tokenizer", "other.pt"], ["ckpt.pt", "16 channels", "8"]),
     (["--tokenizer", "nowhere.pt"], ["nowhere.pt", "no such file"]),
     (["--tokenizer", "file"], ["file", "not a tokenizer"]),
@@ -458,9 +476,10 @@ def test_bad_input_to_training(folder, tiny_files, monkeypatch, capsys, args, wo
     (folder / "small").mkdir()
     (folder / "small/ckpt.pt").write_bytes((tiny_files / "ckpt.pt").read_bytes())
     (folder / "file").write_text("precious")
+    torch.save({**torch.load("ckpt.pt", weights_only=True), "tokenizer": {"kind": "tokenizer"}}, "notok.pt")
     monkeypatch.setitem(videomar.PRESETS, "toy", {**videomar.PRESETS["toy"], "model": TINY})
     before = sorted(folder.rglob("*"))
-    if "--tokenizer" not in args:
+    if not {"--tokenizer", "notok.pt"} & {*args}:
         args = [*args, "--tokenizer", "tokenizer.pt"]
     code, _, err = call(monkeypatch, capsys, *args, module=train)
     assert code == 2 and all(w in err for w in words) and "Traceback" not in err, err

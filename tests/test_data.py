@@ -76,6 +76,16 @@ def test_a_folder_of_clips(folder, capsys):
     assert Folder(folder / "clips").files != source.files
 
 
+def test_captions_as_editors_write_them(folder):
+    """UTF-8 with a byte order mark, a row of metadata.csv without its text, a file that is not text at all."""
+    fill(folder / "clips", 2)
+    (folder / "clips/clip0.txt").write_bytes("\ufeffune étoile, 星\r\n".encode())
+    (folder / "clips/metadata.csv").write_text("file_name,text\nclip1.webp\n")
+    assert [caption for _, caption in Folder(folder / "clips").clips] == ["une étoile, 星", ""]
+    (folder / "clips/clip0.txt").write_bytes(b"\xff\x00")
+    assert len(Folder(folder / "clips").clips) == 2
+
+
 def test_frame_rate_and_crop(folder):
     video = np.arange(20, dtype=np.uint8)[:, None, None, None] * 10 + np.zeros((20, 30, 20, 3), np.uint8)
     video[:, :, 0] = 255  # cropped away: 20 wide and 30 high to a square
@@ -109,6 +119,8 @@ def test_mp4(folder):
     assert "1 clips, 0 captions" in Folder(folder / "clips").about
     with pytest.raises(Bad, match="26 are needed"):
         read_clip(folder / "clips/a.mp4", (32, 32), 26)
+    os.rename("clips/a.mp4", "clips/a.avi")
+    assert "1 clips" in Folder(folder / "clips").about
 
 
 @pytest.mark.skipif(not HAS_AV, reason="needs the package av")
@@ -167,6 +179,7 @@ def test_what_cannot_be_used_is_skipped_once_and_counted(folder, capsys):
     (["--encode", "nowhere"], ["nowhere", "no such folder"]),
     (["--encode", "clips", "--tokenizer", "nowhere.pt"], ["nowhere.pt", "no such file"]),
     (["--text", "x"], ["--text", "--encode"]),
+    (["--encode", "clips", "--tokenizer", "x.pt", "--stride", "4x8x8"], ["--stride, --width", "leave them out"]),
     (["--encode", "clips", "--data", "clips"], ["--data", "not allowed with", "--encode"]),
     (["--encode", "clips", "--frames", "25"], ["none of its 1 clips", "9 frames, 25 are needed"]),
 ])

@@ -193,6 +193,21 @@ def test_qwen_states_are_padded_masked_and_kept(folder):
     assert not list(text.parameters()) and not text.state_dict()
 
 
+def test_a_name_is_looked_up_once(folder, monkeypatch):
+    """Without a network that is a second, or the files of the cache: from_pretrained would ask again for minutes."""
+    make_qwen(folder / "cache")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(folder / "cache"))
+    text = Pretrained("Some/Qwen")
+    assert text.name == "Some/Qwen" and torch.equal(text(["a"])[0], Pretrained("cache")(["a"])[0])
+
+    def no_network(name, **_):
+        raise OSError
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", no_network)
+    with pytest.raises(Bad, match="--text Some/Qwen: it cannot be loaded"):
+        Pretrained("Some/Qwen")
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_encoded_states_train_in_every_dtype(folder, monkeypatch, capsys, tiny_files, dtype):
     """They are kept in float16, and given to a network under autocast; the encoder itself is not needed then."""

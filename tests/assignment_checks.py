@@ -1,0 +1,431 @@
+"""What `grade` checks of each exercise in tests/assignments.md: a submission's functions against those of videomar.py.
+
+A check compares on random tensors, one property after the other, and raises `Wrong` with the first that fails, in
+words. All functions of other exercises are replaced by right ones. Run as a program it checks one exercise of one file:
+
+    python tests/assignment_checks.py 3 DIR/videomar.py VERDICT      VERDICT: the file for what is wrong, empty if green
+"""
+import importlib.util
+import math
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for this file as a script
+
+import torch
+
+import videomar as ours
+from tokenizer import Words
+
+EXERCISES = {
+    1: ("unmask_counts", "progressive_temperature"),
+    2: ("Cache.update",),
+    3: ("Diffusion.q_sample", "Diffusion.posterior"),
+    4: ("draw_mask_ratio", "VideoMAR.draw_masked"),
+    5: ("attend", "frame_causal_attention"),
+    6: ("rope_angles", "rotate"),
+    7: ("DiffusionMLP.modulations", "DiffusionMLP.denoise"),
+    8: ("Diffusion.sample",),
+    9: ("Diffusion.loss",),
+    10: ("VideoMAR.forward",),
+}
+CONFIG = ours.Config(layers=2, dim=32, heads=2, channels=4, text_dim=8, diffusion_layers=2, diffusion_dim=16)
+
+
+class Wrong(Exception):
+    """Says in words what a submission does wrong."""
+
+
+def load(path, exercise):
+    """The submission as a module, in which the functions of all other exercises are ours."""
+    spec = importlib.util.spec_from_file_location("submission", path)
+    theirs = sys.modules["submission"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    for other, names in EXERCISES.items():
+        for name in names if other != exercise else ():
+            *owner, function = name.split(".")
+            source, target = ours, theirs
+            for part in owner:  # the class
+                source, target = getattr(source, part), getattr(target, part)
+            setattr(target, function, getattr(source, function))
+    return theirs
+
+
+def first_wrong(exercise, path):
+    """What is wrong first in exercise of the file path, in words, or None if all of it is right."""
+    torch.manual_seed(exercise)
+    try:
+        CHECKS[exercise](load(path, exercise))
+    except Wrong as e:
+        return str(e)
+    except NotImplementedError as e:
+        return str(e) or "it is not written yet"
+    except BaseException as e:  # SystemExit, too
+        frames = [frame for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(path)]
+        place = f" in {frames[-1].name}, line {frames[-1].lineno}" if frames else ""
+        return f"{type(e).__name__}{place}: {(str(e) or 'no message').splitlines()[0]}"
+
+
+def expect(condition, message):
+    if not condition:
+        raise Wrong(message)
+
+
+def same(what, got, right, tolerance=1e-4):
+    """Raises Wrong unless the tensor `got` is `right`."""
+    expect(torch.is_tensor(got), f"{what}: it is of type {type(got).__name__}; it must be a tensor")
+    expect(got.shape == right.shape, f"{what}: its shape is {tuple(got.shape)}; it must be {tuple(right.shape)}")
+    got, right = got.detach().double(), right.detach().double()
+    error = (got - right).abs().nan_to_num(torch.inf) / (1 + right.abs())
+    if error.numel() and error.max() > tolerance:
+        at = [int(i) for i in torch.unravel_index(error.argmax(), error.shape)]
+        raise Wrong(f"{what}: at index {at} it is {got[*at]:.4g}; it must be {right[*at]:.4g}")
+
+
+def tiny(module, **changes):
+    """A small VideoMAR of a module, whose zero-initialised layers are filled so that every path carries signal."""
+    torch.manual_seed(0)
+    config = module.Config(**vars(replace(CONFIG, **changes)))
+    model = module.VideoMAR(config, Words(config.text_dim))
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------- one check for each
+def check_schedules(theirs):
+    for n, steps in [(64, 6), (1440, 64), (10, 64), (7, 3), (1, 1), (64, 64)]:
+        counts, of = list(theirs.unmask_counts(n, steps)), f"unmask_counts({n}, {steps})"
+        expect(sum(counts) == n, f"{of}: the counts sum to {sum(counts)}; all {n} tokens must be revealed")
+        expect(min(counts) >= 1, f"{of}: a step reveals {min(counts)} tokens; each must reveal at least one")
+        right = ours.unmask_counts(n, steps)
+        for u in range(max(len(counts), len(right))):
+            stay, must = n - sum(counts[:u + 1]), n - sum(right[:u + 1])
+            expect(stay == must, f"{of}: after step {u} {stay} tokens stay masked; it must be {must}")
+        expect(counts == right, f"{of}: it must be {right}")
+    for j in range(5):
+        got, right = float(theirs.progressive_temperature(j)), ours.progressive_temperature(j)
+        expect(abs(got - right) < 1e-9, f"progressive_temperature({j}) is {got:.6g}; it must be {right:.6g}")
+
+
+def check_cache(theirs):
+    cache = theirs.Cache(CONFIG, 2, 12)
+    cache.buffer.fill_(-100.0)
+    draw = lambda: torch.randn(2, 2, 2, 4, 16)  # keys and values of a frame of 4 tokens
+    first, again, second, other = draw(), draw(), draw(), draw()
+    got = cache.update(0, *first)
+    expect(len(got) == 2, "it must return two tensors, keys and values")
+    expect(cache.length == 0, "it moves `length`; the next unmasking step must overwrite the same places")
+    expect(got[0].shape[2] == 4, f"the first frame of 4 tokens: {got[0].shape[2]} keys come back; it must be 4")
+    same("keys of the first frame", got[0], first[0])
+    same("values of the first frame", got[1], first[1])
+    same("keys after a second step of the same frame", cache.update(0, *again)[0], again[0])
+    cache.update(1, *other)
+    cache.length = 4
+    keys, values = cache.update(0, *second)
+    expect(keys.shape[2] == 8, f"the second frame of 4 tokens: {keys.shape[2]} keys come back; it must be 8")
+    same("keys of the second frame, behind the first", keys[:, :, 4:], second[0])
+    same("keys of the first frame, once the second is written and another layer was", keys[:, :, :4], again[0])
+    same("values of both frames", values, torch.cat([again[1], second[1]], 2))
+
+
+def check_diffusion(theirs):
+    diffusion, right = theirs.Diffusion(1000, 25), ours.Diffusion(1000, 25)
+    x0, x, noise = torch.randn(3, 25, 4)
+    v = torch.rand(25, 4) * 2 - 1
+    each, order = torch.arange(25), torch.randperm(25)
+    for i in (0, 7, 24):
+        same(f"q_sample in step {i}", diffusion.q_sample(x0, i, noise), right.q_sample(x0, i, noise))
+    same("q_sample with a step for each token", diffusion.q_sample(x0, order, noise), right.q_sample(x0, order, noise))
+    for name, i in (("step 7", 7), ("a step for each token", each)):
+        low, high = (bound.expand(25, 4) for bound in right.table[4:, i, 0])
+        mean, logvar = diffusion.posterior(x0, x, i, torch.full_like(v, -1))
+        same(f"posterior's mean with {name}", mean, right.posterior(x0, x, i, v)[0])
+        same(f"posterior's log variance with {name} at v = -1", logvar, low)
+        highest = diffusion.posterior(x0, x, i, torch.ones(25, 4))[1]
+        same(f"posterior's log variance with {name} at v = 1", highest, high)
+        same(f"posterior's log variance with {name} between the bounds", diffusion.posterior(x0, x, i, v)[1],
+             right.posterior(x0, x, i, v)[1])
+
+
+def check_masking(theirs):
+    for mean, std, low, high in ((1.0, 0.25, 0.7, 1.0), (0.5, 0.2, 0.2, 0.6)):
+        draws = torch.tensor([float(theirs.draw_mask_ratio((mean, std, low, high))) for _ in range(2000)])
+        of = f"draw_mask_ratio(({mean}, {std}, {low}, {high}))"
+        expect(draws.min() >= low - 1e-6 and draws.max() <= high + 1e-6, f"{of}: a draw is outside of [{low}, {high}]")
+        expect(draws.unique().numel() > 1000, f"{of}: many draws are equal; truncated is not clamped")
+        cdf = lambda value: 0.5 * (1 + math.erf((value - mean) / std / 2**0.5))
+        for value in torch.linspace(low, high, 7)[1:-1].tolist():
+            share, right = (draws < value).float().mean().item(), (cdf(value) - cdf(low)) / (cdf(high) - cdf(low))
+            expect(abs(share - right) < 0.06,
+                   f"{of}: {share:.2f} of the draws are below {value:.2f}; it must be {right:.2f}")
+
+    theirs.draw_mask_ratio = lambda mask_ratio: 0.73
+    model, frames, n = tiny(theirs), 4, 10
+    for t in (2, 0):
+        masked, places = model.draw_masked(16, frames, n, t)
+        expect(masked.shape == (16, frames * n), f"`masked` has shape {tuple(masked.shape)}; it must be (16, 40)")
+        count = places.shape[1]
+        expect(count == 8, f"with r = 0.73 {count} of 10 tokens carry loss; it must be 8, 7.3 rounded up")
+        by_frame = masked.view(16, frames, n).sum(2)
+        expect(not by_frame[:, :t].any(), f"t = {t}: a frame before t is masked")
+        expect((by_frame[:, t + 1:] == n).all(), f"t = {t}: a frame after t is not wholly masked")
+        inside = (places >= t * n) & (places < (t + 1) * n)
+        expect(inside.all(), f"t = {t}: a place that carries loss, {int(places[~inside][:1].sum())}, is not in frame t")
+        expect((by_frame[:, t] == 8).all(),
+               f"t = {t}: {int(by_frame[0, t])} tokens of frame t are masked; it must be 8")
+        expect(masked.gather(1, places).all(), "a token that carries loss is not masked")
+        sets = masked[:, t * n:(t + 1) * n]
+        expect((sets != sets[:1]).any(), "all clips have the same masked tokens; each needs a random set of its own")
+        expect((sets != model.draw_masked(16, frames, n, t)[0][:, t * n:(t + 1) * n]).any(),
+               "two steps mask the same tokens; the sets must be random")
+        expect(sets.float().mean(0).min() > 0.3, "some token of frame t is hardly ever masked")
+    masked, places = tiny(theirs, loss="total-mask").draw_masked(16, frames, n, 1)
+    expect(places.shape[1] == 30, f"total-mask: {places.shape[1]} of 40 tokens carry loss; it must be 30 with r = 0.73")
+    expect((masked.sum(1) == 30).all() and masked.gather(1, places).all(),
+           "total-mask: others are masked than carry loss")
+    expect((masked != masked[:1]).any(), "total-mask: all clips have the same masked tokens")
+
+
+def check_attention(theirs):
+    q, k, v = torch.randn(3, 2, 3, 12, 16)
+    plain = lambda q, k, v, mask: ((q @ k.mT / 4).masked_fill(~mask, -math.inf).softmax(-1) @ v)
+    everything = torch.ones(12, 12, dtype=torch.bool)
+    ones = torch.ones(2, 3, 12, 16)
+    same("attend where all values are 1: the weights of a query sum to 1", theirs.attend(q, k, ones), ones)
+    same("attend, d = 16", theirs.attend(q, k, v), plain(q, k, v, everything))
+    mask = torch.rand(2, 1, 1, 12) < 0.6
+    mask[..., 0] = True
+    same("attend with a mask that is True where a key may be seen", theirs.attend(q, k, v, mask), plain(q, k, v, mask))
+    for n in (4, 3):
+        frame = torch.arange(12) // n
+        right = plain(q, k, v, frame[:, None] >= frame)
+        got, changed = theirs.frame_causal_attention(q, k, v, n), v.clone()
+        changed[:, :, n:] += 1
+        after = theirs.frame_causal_attention(q, k, changed, n)[:, :, :n]
+        same(f"frames of {n} tokens: frame 0, when later frames change", after, got[:, :, :n])
+        same(f"frames of {n} tokens: the first token, which also sees those behind it in its frame", got[:, :, :1],
+             right[:, :, :1])
+        same(f"frames of {n} tokens", got, right)
+        for begin in (n, 12 - n):
+            same(f"frames of {n} tokens, queries from frame {begin // n} on, keys of all",
+                 theirs.frame_causal_attention(q[:, :, begin:], k, v, n), right[:, :, begin:])
+
+
+def check_rope(theirs):
+    for dim, base, top in ((32, 100.0, 2.5), (64, 10000.0, 1.0)):
+        space = 3 * dim // 16
+        pairs = {"t": (0, dim // 2 - 2 * space), "y": (dim // 2 - 2 * space, dim // 2 - space),
+                 "x": (dim // 2 - space, dim // 2)}
+        for axis, (name, (first, end)) in enumerate(pairs.items()):
+            one = torch.zeros(1, 3)
+            one[0, axis] = 1
+            got = theirs.rope_angles(one, dim, base, top)
+            expect(got.shape == (1, dim // 2), f"dim {dim}: the angles have shape {tuple(got.shape)}; it must be "
+                                               f"(tokens, {dim // 2})")
+            turned = got[0].nonzero()[:, 0].tolist()
+            expect(turned == list(range(first, end)),
+                   f"dim {dim}: a step along {name} rotates the pairs {turned}; it must be {first} to {end - 1}")
+            expect(abs(got[0, first] - top) < 1e-4,
+                   f"dim {dim}: the fastest pair of {name} rotates by {got[0, first]:.3g} a token; it must be {top}")
+            same(f"dim {dim}: angles of a step along {name}", got, ours.rope_angles(one, dim, base, top))
+        positions = torch.randint(0, 9, (20, 3)).float()
+        same(f"dim {dim}: angles", theirs.rope_angles(positions, dim, base, top),
+             ours.rope_angles(positions, dim, base, top), 1e-3)
+    x, angles = torch.randn(2, 3, 5, 8), torch.randn(5, 4)
+    got = theirs.rotate(x, angles.cos(), angles.sin())
+    expect(got.shape == x.shape, f"rotate: the shape is {tuple(got.shape)}; it must be that of x, {tuple(x.shape)}")
+    one = theirs.rotate(torch.eye(8)[None, None, :1], torch.zeros(1, 4), torch.ones(1, 4))[0, 0, 0]
+    at = int(one.abs().argmax())
+    expect(at == 4, f"rotate: channel 0 of 8 turns into channel {at} at 90 degrees; it must be channel 4")
+    expect(one[4] > 0, "rotate: it turns the other way round")
+    same("rotate", got, ours.rotate(x, angles.cos(), angles.sin()))
+    half = theirs.rotate(x.bfloat16(), angles.cos(), angles.sin())
+    expect(half.dtype == torch.bfloat16, f"rotate: of x in bfloat16 it returns {half.dtype}")
+
+
+def check_mlp(theirs):
+    net, right = tiny(theirs).diffusion_mlp, tiny(ours).diffusion_mlp
+    z, timestep, seen = torch.randn(5, 32), torch.randint(1000, (5,)), []
+    handle = net.time.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    got = list(net.modulations(timestep, z))
+    handle.remove()
+    angles = timestep[:, None] * 10000 ** (-torch.arange(128) / 128)
+    expect(len(seen) == 1, "`self.time` must be called once")
+    expect(seen[0].shape[-1] == 256, f"the time embedding has {seen[0].shape[-1]} numbers; it must be 256")
+    same("the time embedding's fastest number, the first", seen[0][..., 0].flatten(), angles[:, 0].cos(), 1e-3)
+    same("the time embedding", seen[0].reshape(5, 256), torch.cat([angles.cos(), angles.sin()], -1), 1e-3)
+    must = right.modulations(timestep, z)
+    expect(len(got) == 3, f"{len(got)} modulations for 2 blocks; it must be 3, the last one too")
+    for name, a, b in zip(("of block 0", "of block 1", "of the last norm"), got, must):
+        same(f"modulation {name}", a, b)
+    several = timestep[:3, None]
+    for a, b in zip(net.modulations(several, z), right.modulations(several, z)):
+        same("modulation for 3 timesteps (3, 1) and 5 tokens", a, b)
+
+    x, still = torch.randn(5, 4), [torch.zeros(5, 48), torch.zeros(5, 48), torch.zeros(5, 32)]
+    same("denoise where all modulations are 0", net.denoise(x, still), right.denoise(x, still))
+    gates = [torch.cat([m[:, :32], torch.ones(5, 16)], 1) for m in still[:2]] + still[2:]
+    same("denoise with open gates (1) and shift and scale 0", net.denoise(x, gates), right.denoise(x, gates))
+    for name, part in (("shift", 0), ("scale", 1), ("gate", 2)):
+        one = [m.clone() for m in still]
+        one[0][:, 32:] = float(part != 2)  # an open gate
+        one[0][:, 16 * part:16 * part + 16] = torch.randn(5, 16)
+        same(f"denoise with another {name} in block 0", net.denoise(x, one), right.denoise(x, one))
+    for name, part in (("shift", 0), ("scale", 1)):
+        one = [m.clone() for m in still]
+        one[2][:, 16 * part:16 * part + 16] = torch.randn(5, 16)
+        same(f"denoise with another {name} of the last norm", net.denoise(x, one), right.denoise(x, one))
+    same("denoise", net.denoise(x, must), right.denoise(x, must))
+
+
+def check_sample(theirs):
+    diffusion, right = theirs.Diffusion(1000, 8), ours.Diffusion(1000, 8)
+    x, weights, calls = torch.randn(6, 4), torch.randn(4, 8) / 4, []
+
+    def net(x, i):  # the two branches of guidance are different
+        calls.append((len(x), i))
+        return torch.tanh(x @ weights + 0.1 * i + torch.arange(len(x))[:, None] // 6)
+
+    def both(**options):
+        torch.manual_seed(1)
+        calls.clear()
+        got = diffusion.sample(net, x.clone(), **options)
+        told = list(calls)
+        torch.manual_seed(1)
+        return got, right.sample(net, x.clone(), **options), told
+
+    short, long = theirs.Diffusion(1000, 1), ours.Diffusion(1000, 1)
+    same("with one step, i = 0, which adds no noise", short.sample(net, x), long.sample(net, x))
+    same("with one step at temperature 0.5, which does not act on the first x", short.sample(net, x, 0.5),
+         long.sample(net, x, 0.5))
+    cold, must, told = both(temperature=0.0)
+    steps = [int(i) for _, i in told]
+    expect(steps == list(range(7, -1, -1)), f"with 8 steps the net is called in the steps {steps}; it must be 7 to 0")
+    unclamped = right.sample(net, x.clone(), 0.0, clamp=1e9)
+    expect(torch.equal(must, unclamped) or not torch.allclose(cold, unclamped), "the predicted x_0 is not clamped")
+    same("at temperature 0, without noise", cold, must)
+    same("at temperature 0, with x_0 clamped to 0.5", *both(temperature=0.0, clamp=0.5)[:2])
+    hot, must, _ = both(temperature=1.0)
+    expect(not torch.allclose(hot, cold), "temperature 1 gives the same as temperature 0: no noise is added")
+    expect(not torch.allclose(both(temperature=0.5)[0], hot), "temperature 0.5 gives the same as temperature 1")
+    same("at temperature 1, with the noise of torch.randn_like", hot, must)
+    same("at temperature 0.5", *both(temperature=0.5)[:2])
+    same("with a temperature for each token", *both(temperature=torch.rand(6, 1))[:2])
+    got, must, told = both(temperature=0.0, guidance=3.0)
+    expect(told[0][0] == 12, f"with guidance the net gets {told[0][0]} rows for 6 tokens; it must be 12, [x; x]")
+    same("with guidance 1, which is the caption's branch alone", both(temperature=0.0, guidance=1.0)[0],
+         right.sample(lambda x, i: net(x, i)[:6], x.clone(), 0.0))
+    same("with guidance 3 at temperature 0", got, must)
+    same("with guidance 3 at temperature 1: the variance is the caption's", *both(temperature=1.0, guidance=3.0)[:2])
+
+
+def check_loss(theirs):
+    diffusion, right, tokens = theirs.Diffusion(1000, 10), ours.Diffusion(1000, 10), 400
+    x0, z, error = torch.randn(tokens, 4), torch.randn(tokens, 3), torch.randn(tokens, 4) / 2
+    seen = []
+
+    def both(wrong_by, v, snr_clip=math.inf):
+        """The loss of a net that tells the noise but for an error, and that of ours; both with the same draws."""
+        def net(x, timestep, z):
+            seen.append((timestep, z))
+            i = (right.timesteps == timestep[:, None]).int().argmax(1)
+            a, s = right.table[:2, i, 0]
+            return torch.cat([(x - a * x0) / s + wrong_by, v.expand(tokens, 4)], -1)
+        losses = []
+        for one in (diffusion, right):
+            torch.manual_seed(2)
+            losses.append(one.loss(net, x0, z, snr_clip))
+        return losses
+
+    torch.manual_seed(2)
+    first = torch.randint(10, (tokens,)) == 0  # the tokens whose step is 0
+    low, middle = torch.full((tokens, 1), -1.0), torch.full((tokens, 1), 0.5)
+    got, must = both(0 * error, low)
+    expect(got.shape == (tokens,), f"its shape is {tuple(got.shape)}; it must be a number for each token, ({tokens},)")
+    timestep = seen[0][0]
+    expect(set(timestep.tolist()) <= set(right.timesteps.tolist()) and timestep.max() > 9,
+           "the net must get self.timesteps[i], not the step i")
+    expect(both(0 * error, middle)[0].abs().max() > 1e-6, "the variational term is missing: v changes nothing")
+    same("with the right noise and v = -1, in steps i > 0: no error, no divergence", got[~first], must[~first])
+    nats = torch.allclose(got[first], must[first] * math.log(2))
+    expect(not nats, "the variational term must be in bits, divided by ln 2")
+    same("with the right noise and v = -1, in step i = 0: the likelihood of x_0", got[first], must[first])
+    got, must = both(0 * error, middle)
+    same("with the right noise and v = 0.5, in steps i > 0: the divergence of the variances", got[~first],
+         must[~first])
+    got, must = both(error, low)
+    same("with a wrong noise and v = -1, in steps i > 0", got[~first], must[~first])
+    got, must = both(error, low, 1.0)
+    same("with a wrong noise and snr_clip = 1", got, must)
+    wrong_by, v = error.clone().requires_grad_(), torch.zeros(tokens, 1, requires_grad=True)
+    got, must = both(wrong_by, v, 2.0)
+    gradients = [torch.autograd.grad(loss.sum(), (wrong_by, v), retain_graph=True) for loss in (got, must)]
+    same("the gradient of the predicted noise, which the variational term must not have", gradients[0][0],
+         gradients[1][0])
+    same("the gradient of v", gradients[0][1], gradients[1][1])
+    same("with any noise and v", got, must)
+
+
+def check_forward(theirs):
+    x, captions = torch.randn(16, 4, 2, 3, 4), [f"word {i}" for i in range(16)]
+    nulls, lengths, losses = [], [], []
+
+    def watched(**changes):
+        """A model of theirs that notes what its parts are given, and the right model with the same weights."""
+        model, right = tiny(theirs, noise_draws=3, snr_clip=5.0, **changes), tiny(ours, noise_draws=3, **changes)
+        generator = torch.Generator().manual_seed(5)
+        places = 2 * 6 + torch.rand(16, 6, generator=generator).argsort(1)[:, :4]
+        masked = (torch.arange(24).expand(16, -1) >= 18).scatter(1, places, True)
+        read_text, hidden = right.read_text, right.hidden
+        model.read_text = lambda captions, null: nulls.append(null) or read_text(captions, null)
+        model.hidden = lambda x, *args, **named: lengths.append(x.shape[1]) or hidden(x, *args, **named)
+        model.draw_masked = lambda *args, **named: (masked, places)
+
+        def loss(net, x0, z, snr_clip=math.inf):
+            losses.append((net, x0, z, snr_clip))
+            return torch.arange(len(x0)).float()
+        model.diffusion.loss = loss
+        text = read_text(captions, torch.zeros(16, dtype=torch.bool))
+        z = hidden(x.flatten(1, 3), masked, text, (2, 3), chosen=places)
+        return model, x.flatten(1, 3).take_along_dim(places[..., None], 1).flatten(0, 1), z.flatten(0, 1)
+
+    model, x0, z = watched(text_drop=0.0)
+    got = model(x, captions, 2)
+    expect(losses, "`self.diffusion.loss` is not called")
+    net, targets, states, snr_clip = losses[0]
+    expect(len(losses) == 1 and net is model.diffusion_mlp, "`self.diffusion.loss` must be called once, with the MLP")
+    expect(not nulls[0].any(), "with text_drop = 0 a caption is replaced by the null")
+    expect(len(targets) == 3 * len(x0),
+           f"{len(targets)} tokens get a loss; it must be 3 draws of {len(x0)} masked ones")
+    nearest = (targets[:, None] - x0).abs().sum(-1)
+    expect(nearest.min(1).values.max() < 1e-4, "a target is no token that carries loss")
+    which = nearest.argmin(1)
+    expect((which.bincount(minlength=len(x0)) == 3).all(), "not every target is taken 3 times")
+    same("the hidden state that goes with a target", states, z[which])
+    expect(snr_clip == 5.0, f"`diffusion.loss` gets snr_clip = {snr_clip}; it must be the configuration's, 5.0")
+    same("the result, the mean of the losses", got, torch.arange(len(targets)).float().mean())
+    expect(lengths[-1] == 18,
+           f"t = 2 of 4 frames of 6 tokens: {lengths[-1]} tokens are run; it must be 18, cut after t")
+    model(x, captions, 2, cut=False)
+    expect(lengths[-1] == 24, f"cut = False: {lengths[-1]} tokens are run; it must be all 24")
+    watched(text_drop=0.0, attention="full")[0](x, captions, 2)
+    expect(lengths[-1] == 24, f"with full attention {lengths[-1]} tokens are run; nothing may be cut (config.cuts)")
+    nulls.clear()
+    model = watched(text_drop=0.25)[0]
+    for _ in range(40):
+        model(x, captions, 2)
+    share = torch.stack(nulls).float()
+    expect(0.15 < share.mean() < 0.35, f"text_drop = 0.25: {share.mean():.2f} of the captions are replaced by the null")
+    expect((share.min(1).values < share.max(1).values).any(), "either all captions of a batch are replaced or none")
+
+
+CHECKS = dict(enumerate((check_schedules, check_cache, check_diffusion, check_masking, check_attention, check_rope,
+                         check_mlp, check_sample, check_loss, check_forward), 1))
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    Path(sys.argv[3]).write_text(first_wrong(int(sys.argv[1]), Path(sys.argv[2])) or "")
