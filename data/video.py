@@ -275,8 +275,7 @@ def enlarge(clip):
 
 def write_strip(path, rows, every):
     """A film strip: a row for each clip (uint8 frames), with one picture for each latent frame."""
-    strip = np.vstack([np.hstack(row[::every]) for row in rows])
-    write(path, Image.fromarray(strip).save)
+    write(path, Image.fromarray(np.vstack([np.hstack(row[::every]) for row in rows])).save)
 
 
 def draw_step(tokenizer, latents, masked, t, step, counts):
