@@ -247,11 +247,7 @@ def main():
     device, stride, edit = next(model.parameters()).device, tokenizer.stride[0], a.box or a.mask
     latent_frames = 1 + (frames - 1) // stride
     n_given = latent_frames if edit else 1 if a.img else a.context or 2 if a.video else 0
-<<<<<<< HEAD
     first = 1 + stride * (n_given - 1)  # the first pixel frame that is generated
-=======
-    first = 1 + stride * (n_given - 1)  # pixel frame that is generated; below 0 without given ones
->>>>>>> 72a13e6fc50c9cedf5bc76f9764f5f1200b36036
     if n_given >= latent_frames and not edit:
         raise Bad(f"--frames {frames}: {first} are given already; ask for {first + stride} or more")
     source = find(a.img or a.video or Path("clip")).resolve()  # "." has a name, too

@@ -275,12 +275,7 @@ def enlarge(clip):
 
 def write_strip(path, rows, every):
     """A film strip: a row for each clip (uint8 frames), with one picture for each latent frame."""
-<<<<<<< HEAD
-    strip = np.vstack([np.hstack(row[::every]) for row in rows])
-    write(path, lambda part: Image.fromarray(strip).save(part))
-=======
     write(path, Image.fromarray(np.vstack([np.hstack(row[::every]) for row in rows])).save)
->>>>>>> 72a13e6fc50c9cedf5bc76f9764f5f1200b36036
 
 
 def draw_step(tokenizer, latents, masked, t, step, counts):
@@ -335,12 +330,7 @@ def write_video(path, video, fps):
     frames, shortest = [Image.fromarray(frame) for frame in video], 1
     if path.suffix == ".gif":
         # Pillow's own choice of 256 colours changes from frame to frame, and dark colours and grey flicker.
-<<<<<<< HEAD
-        colours = dict(method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
-        frames = [frame.quantize(**colours) for frame in frames]
-=======
         frames = [f.quantize(method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE) for f in frames]
->>>>>>> 72a13e6fc50c9cedf5bc76f9764f5f1200b36036
         shortest = 20  # ms: a faster GIF is shown slower
     write(path, lambda part: frames[0].save(part, save_all=True, append_images=frames[1:], loop=0, lossless=True,
                                             duration=max(shortest, 1000 / fps)))
