@@ -112,7 +112,7 @@ def check_schedules(theirs):
 
 
 def check_cache(theirs):
-    cache = theirs.Cache(CONFIG, 2, 12)
+    cache = theirs.Cache(CONFIG, 2, 12)  # of 2 layers
     cache.buffer.fill_(-100.0)
     draw = lambda: torch.randn(2, 2, 2, 4, 16)  # keys and values of a frame of 4 tokens
     first, again, second, other = draw(), draw(), draw(), draw()
@@ -124,6 +124,7 @@ def check_cache(theirs):
     same("values of the first frame", got[1], first[1])
     same("keys after a second step of the same frame", cache.update(0, *again)[0], again[0])
     cache.update(1, *other)
+    expect(cache.length == 0, "it moves `length` in the last layer; the sampler alone moves it")
     cache.length = 4
     keys, values = cache.update(0, *second)
     expect(keys.shape[2] == 8, f"the second frame of 4 tokens: {keys.shape[2]} keys come back; it must be 8")
@@ -163,8 +164,15 @@ def check_masking(theirs):
             expect(abs(share - right) < 0.06,
                    f"{of}: {share:.2f} of the draws are below {value:.2f}; it must be {right:.2f}")
 
-    theirs.draw_mask_ratio = lambda mask_ratio: 0.73
-    model, frames, n = tiny(theirs), 4, 10
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        draws.append(theirs.draw_mask_ratio((1.0, 0.25, 0.7, 1.0)))
+    expect(draws[0] == draws[1], "the same seed of torch gives another ratio; draw it by torch's random numbers")
+
+    asked = []
+    theirs.draw_mask_ratio = lambda mask_ratio: asked.append(mask_ratio) or 0.73
+    model, frames, n = tiny(theirs, mask_ratio=(0.8, 0.1, 0.6, 0.9)), 4, 10
     for t in (2, 0):
         masked, places = model.draw_masked(16, frames, n, t)
         expect(masked.shape == (16, frames * n), f"`masked` has shape {tuple(masked.shape)}; it must be (16, 40)")
@@ -178,7 +186,10 @@ def check_masking(theirs):
         expect((by_frame[:, t] == 8).all(),
                f"t = {t}: {int(by_frame[0, t])} tokens of frame t are masked; it must be 8")
         expect(masked.gather(1, places).all(), "a token that carries loss is not masked")
+        expect(set(asked) == {(0.8, 0.1, 0.6, 0.9)}, f"`draw_mask_ratio` gets {asked[-1:]}; it must be the config's")
         sets = masked[:, t * n:(t + 1) * n]
+        together = (sets != sets.roll(1, 1)).sum(1) == 2
+        expect(not together.all(), "the masked tokens always lie side by side; each set must be random")
         expect((sets != sets[:1]).any(), "all clips have the same masked tokens; each needs a random set of its own")
         expect((sets != model.draw_masked(16, frames, n, t)[0][:, t * n:(t + 1) * n]).any(),
                "two steps mask the same tokens; the sets must be random")
@@ -216,8 +227,8 @@ def check_attention(theirs):
 
 
 def check_rope(theirs):
-    for dim, base, top in ((32, 100.0, 2.5), (64, 10000.0, 1.0)):
-        space = 3 * dim // 16
+    for dim, base, top in ((32, 100.0, 2.5), (64, 10000.0, 1.0), (24, 100.0, 2.5)):
+        space = 3 * dim // 16  # pairs
         pairs = {"t": (0, dim // 2 - 2 * space), "y": (dim // 2 - 2 * space, dim // 2 - space),
                  "x": (dim // 2 - space, dim // 2)}
         for axis, (name, (first, end)) in enumerate(pairs.items()):
@@ -290,7 +301,7 @@ def check_sample(theirs):
         calls.append((len(x), i))
         return torch.tanh(x @ weights + 0.1 * i + torch.arange(len(x))[:, None] // 6)
 
-    def both(**options):
+    def both(net=net, **options):
         torch.manual_seed(1)
         calls.clear()
         got = diffusion.sample(net, x.clone(), **options)
@@ -321,6 +332,9 @@ def check_sample(theirs):
          right.sample(lambda x, i: net(x, i)[:6], x.clone(), 0.0))
     same("with guidance 3 at temperature 0", got, must)
     same("with guidance 3 at temperature 1: the variance is the caption's", *both(temperature=1.0, guidance=3.0)[:2])
+    got, must, _ = both(lambda x, i: net(x, i).bfloat16(), temperature=0.0, guidance=3.0)
+    expect(got.dtype == torch.float32, f"of a net in bfloat16 it returns {got.dtype}; it must be float32")
+    same("with guidance 3 of a net in bfloat16, computed in float32", got, must)
 
 
 def check_loss(theirs):
@@ -412,8 +426,13 @@ def check_forward(theirs):
            f"t = 2 of 4 frames of 6 tokens: {lengths[-1]} tokens are run; it must be 18, cut after t")
     model(x, captions, 2, cut=False)
     expect(lengths[-1] == 24, f"cut = False: {lengths[-1]} tokens are run; it must be all 24")
-    watched(text_drop=0.0, attention="full")[0](x, captions, 2)
-    expect(lengths[-1] == 24, f"with full attention {lengths[-1]} tokens are run; nothing may be cut (config.cuts)")
+    same("with cut = False, the hidden state that goes with a target", losses[-1][2], z[which])
+    for changes, t in (({"attention": "full"}, 2), ({"loss": "total-mask"}, 3)):
+        of = " ".join(changes.values())
+        model, _, z = watched(text_drop=0.0, **changes)
+        model(x, captions, t)
+        expect(lengths[-1] == 24, f"{of}: {lengths[-1]} tokens are run; nothing may be cut (config.cuts)")
+        same(f"{of}, t = {t}: the hidden state that goes with a target", losses[-1][2], z[which])
     nulls.clear()
     model = watched(text_drop=0.25)[0]
     for _ in range(40):
