@@ -41,7 +41,7 @@ def read_csv(path, *columns):
     """The rows of a csv file that has these columns. Raises Bad."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            return [tuple(row[column] for column in columns) for row in csv.DictReader(file, restval="", strict=True)]
+            return [tuple(row[column] for column in columns) for row in csv.DictReader(file, strict=True)]
     except (OSError, KeyError, ValueError, csv.Error) as e:
         reason = f"it cannot be read ({type(e).__name__})"
         raise Bad(f"{path}: {reason}; give a csv in UTF-8 whose first line is {','.join(columns)}") from None
@@ -207,7 +207,7 @@ class Folder(Source):
             if any(part[0] == "." for part in name.parts) or strips in (path, *path.parents):
                 continue
             if path.suffix.lower() in VIDEOS + ANIMATIONS or path.is_dir() and is_clip(path):
-                self.clips.append((path, captions.get(name.as_posix(), caption_of(path))))
+                self.clips.append((path, captions.get(name.as_posix()) or caption_of(path)))
         if not self.clips:
             raise Bad(f"{folder}: no clips in it; looked for {', '.join(VIDEOS + ANIMATIONS)} and folders of pictures")
         if any(path.suffix.lower() in VIDEOS for path, _ in self.clips):
