@@ -58,7 +58,8 @@ WRONG = [
     (4, "return nn.init.trunc_normal_(torch.empty(1), mean, std, low, high).item()",
      "return low + (high - low) * torch.rand(1).item()", "of the draws are below"),
     (4, "return nn.init.trunc_normal_(torch.empty(1), mean, std, low, high).item()",
-     "import random\n    r = random.gauss(mean, std)\n    return r if low <= r <= high else draw_mask_ratio(mask_ratio)",
+     "import random\n    r = random.gauss(mean, std)\n"
+     "    return r if low <= r <= high else draw_mask_ratio(mask_ratio)",
      "torch's random numbers"),
     (4, "draw_mask_ratio(self.config.mask_ratio)", "draw_mask_ratio((1.0, 0.25, 0.7, 1.0))",
      "it must be the config's"),
