@@ -46,6 +46,19 @@ def test_the_decoder_is_causal_and_reads_the_frame_before():
 
 
 @torch.no_grad()
+def test_the_order_of_the_pixels_in_a_patch():
+    """Colour, frame, row, column, both in the encoder's patches and in the decoder's cells of 2x2 pixels."""
+    tokenizer, video, seen = tiny_tokenizer(), torch.randn(1, 3, 5, 16, 24), []
+    tokenizer.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    tokenizer.decoder.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    decoded = tokenizer.decode(tokenizer.encode(video))[0]
+    patches, cells = seen
+    assert torch.equal(patches[1, 1, 2].view(3, 4, 8, 8), video[0, :, 1:, 8:16, 16:24])
+    assert torch.equal(patches[0, 1, 2].view(3, 4, 8, 8), video[0, :, :1, 8:16, 16:24].expand(-1, 4, -1, -1))
+    assert torch.equal(cells[1, 3, 5].view(3, 4, 2, 2), decoded[:, 1:, 6:8, 10:12])
+
+
+@torch.no_grad()
 def test_a_block_and_the_running_mean_by_hand():
     """A residual of a convolution over normalised channels, a quarter of them from the frame before."""
     tokenizer, x = tiny_tokenizer(), torch.randn(2, 3, 4, 5, 32)
