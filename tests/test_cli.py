@@ -134,6 +134,7 @@ def test_what_the_sampler_is_given(tiny, folder, monkeypatch):
 
     def generate(model, given, captions, frames, sampling, use_cache, then, keep, progress, watch):
         seen.append((given.shape[:2], captions, frames, sampling, use_cache, then))
+        assert (given == given[:1]).all() and given.any() == (given.shape[1] > 0)  # the same for every clip
         return torch.zeros(len(given), frames, 2, 3, 16)
 
     monkeypatch.setattr(sample, "generate", generate)

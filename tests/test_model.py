@@ -222,6 +222,18 @@ def test_text_is_read_and_padding_is_not():
 
 
 @torch.no_grad()
+def test_every_block_reads_the_states_of_the_text_or_the_null():
+    model = tiny_model()
+    states, mask = model.text(CAPTIONS)
+    states[1] = model.null_text
+    keys_values, text_mask = model.read_text(CAPTIONS, torch.tensor([False, True]))
+    for block, got in zip(model.blocks, keys_values):
+        k, v = block.cross_kv(model.text_in(states)).unflatten(-1, (2, 2, 32)).permute(2, 0, 3, 1, 4)  # of 2 heads
+        assert torch.equal(got[0], k) and torch.equal(got[1], v)
+    assert len(keys_values) == 2 and torch.equal(text_mask[:, 0, 0], mask)
+
+
+@torch.no_grad()
 def test_a_block_written_plainly():
     """Pre-norm residuals of self-attention, of cross-attention with the tokens' own queries, and of an MLP."""
     block = tiny_model().blocks[0]
@@ -487,10 +499,12 @@ def test_diffusion_loss_is_least_for_the_truth_and_its_mean_is_detached():
         return d.loss(net(torch.tensor(bias), torch.tensor(v)), x0, torch.zeros(4000, 1)).mean()
 
     assert loss() < loss(bias=0.3) and loss() < loss(v=0.5)
-    bias = torch.tensor(0.3, requires_grad=True)
+    bias, v = torch.tensor(0.3, requires_grad=True), torch.tensor(0.5, requires_grad=True)
     torch.manual_seed(0)
-    d.loss(net(bias, torch.tensor(-1.0)), x0, torch.zeros(4000, 1)).mean().backward()
+    d.loss(net(bias, v), x0, torch.zeros(4000, 1)).mean().backward()
     assert bias.grad.item() == pytest.approx(0.6, rel=1e-3)  # of the square error alone
+    slope = (loss(0.3, v=0.51) - loss(0.3, v=0.49)) / 0.02
+    assert v.grad.item() == pytest.approx(slope.item(), rel=1e-2)
 
 
 def test_diffusion_loss_in_closed_form():
@@ -639,10 +653,10 @@ def test_cache_against_no_cache_layer_by_layer():
         assert torch.allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("cfg", [1, 3.0])
+@pytest.mark.parametrize("cfg, attention", [(1, "causal"), (3.0, "causal"), (3.0, "full")])  # which has no cache
 @pytest.mark.parametrize("given", [1, 2])
-def test_a_clip_is_the_same_with_and_without_cache(cfg, given):
-    model = tiny_model()
+def test_a_clip_is_the_same_with_and_without_cache(cfg, attention, given):
+    model = tiny_model(attention=attention)
     clips = [sampled(model, clip(given), 4, cfg=cfg, use_cache=use_cache) for use_cache in (True, False)]
     assert torch.allclose(*clips, atol=1e-3)
     assert torch.equal(clips[0][:, :given], clip(given)) and clips[0][:, given:].std() > 0.1

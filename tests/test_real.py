@@ -193,6 +193,7 @@ def test_qwen_states_are_padded_masked_and_kept(folder):
     assert torch.equal(text(captions)[0], states)
     assert text.states_of.cache_info().misses == encoded  # each caption is encoded once
     assert not list(text.parameters()) and not text.state_dict()
+    assert text(["x" * 1000])[0].shape == (1, text.longest, 32)
 
 
 def test_a_name_is_looked_up_once(folder, monkeypatch):

@@ -5,10 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, script, tiny_tokenizer
 from PIL import Image
 from test_cli import call
 from torch import nn
+from tqdm import tqdm
 
 import tokenizer as tokenizer_script
 from data import world
@@ -41,6 +43,36 @@ def test_the_decoder_is_causal_and_reads_the_frame_before():
     change = (tokenizer.decode(tokens) - tokenizer.decode(other)).abs().amax((0, 1, 3, 4))
     assert (change[:5] == 0).all()  # of latent frames 0 and 1
     assert (change[5:9] > 1e-3).all() and (change[9:13] > 1e-4).all()
+
+
+@torch.no_grad()
+def test_the_order_of_the_pixels_in_a_patch():
+    """Colour, frame, row, column, both in the encoder's patches and in the decoder's cells of 2x2 pixels."""
+    tokenizer, video, seen = tiny_tokenizer(), torch.randn(1, 3, 5, 16, 24), []
+    tokenizer.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    tokenizer.decoder.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    decoded = tokenizer.decode(tokenizer.encode(video))[0]
+    patches, cells = seen
+    assert torch.equal(patches[1, 1, 2].view(3, 4, 8, 8), video[0, :, 1:, 8:16, 16:24])
+    assert torch.equal(patches[0, 1, 2].view(3, 4, 8, 8), video[0, :, :1, 8:16, 16:24].expand(-1, 4, -1, -1))
+    assert torch.equal(cells[1, 3, 5].view(3, 4, 2, 2), decoded[:, 1:, 6:8, 10:12])
+
+
+@torch.no_grad()
+def test_a_block_and_the_running_mean_by_hand():
+    """A residual of a convolution over normalised channels, a quarter of them from the frame before."""
+    tokenizer, x = tiny_tokenizer(), torch.randn(2, 3, 4, 5, 32)
+    block = tokenizer.encoder[1]
+    h = F.layer_norm(x, (32,), block.norm.weight, block.norm.bias)
+    h[:, 1:, :, :, :8] = h[:, :-1, :, :, :8].clone()
+    for t in range(3):
+        weight = block.conv.weight.view(32, 32, 3, 3)
+        y = F.conv2d(h[:, t].permute(0, 3, 1, 2), weight, block.conv.bias, padding=1).permute(0, 2, 3, 1)
+        assert torch.allclose(block(x)[:, t], x[:, t] + block.out(F.gelu(y)), atol=1e-5)
+    seen = []
+    tokenizer.normalise.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    tokenizer.train().encode(torch.randn(2, 3, 5, 16, 16))
+    assert torch.allclose(tokenizer.normalise.running_mean, 0.01 * seen[0].mean(0), atol=1e-6)
 
 
 @torch.no_grad()
@@ -156,7 +188,8 @@ def test_words():
     assert mask.sum(1).tolist() == [4, 1, 1] and states.shape == (3, 8, 16)
     alone, _ = words(["a"])
     assert torch.allclose(states[1, :1], alone[0, :1], atol=1e-6)
-    assert torch.allclose(words(["a", "b " * 20])[0][0, :1], alone[0, :1], atol=1e-6)  # the padding is zeros
+    eight = "a b c d e f g h"  # no padding alone; beside a longer caption it is of zeros
+    assert torch.allclose(words([eight, "b " * 20])[0][0, :8], words([eight])[0][0], atol=1e-6)
     ids = []
     words.table.register_forward_pre_hook(lambda module, args: ids.extend(args[0].tolist()))
     words(["a red cat"])  # the same numbers in every process
@@ -174,7 +207,9 @@ ARGS = ["--batch", 2, "--width", 16, "--size", "16x16", "--device", "cpu", "--dt
 
 
 def test_training_by_hand(folder, monkeypatch, capsys):
-    """Clips, noise, loss and rates of six steps."""
+    """Clips, noise, loss and rates of six steps out of 503; after steps 499 and 502 there is an evaluation."""
+    steps = 0, 1, 2, 499, 500, 502
+    monkeypatch.setattr(tokenizer_script, "tqdm", lambda all_steps, **_: tqdm([all_steps[i] for i in steps]))
     asked, encoded, decoded, losses, rates, clipped = [], [], [], [], [], []
     batch, encode, decode, backward = World.batch, Tokenizer.encode, Tokenizer.decode, torch.Tensor.backward
     clip_grad_norm = nn.utils.clip_grad_norm_
@@ -208,21 +243,22 @@ def test_training_by_hand(folder, monkeypatch, capsys):
     monkeypatch.setattr(Tokenizer, "decode", watched_decode)
     monkeypatch.setattr(torch.Tensor, "backward", watched_backward)
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", watched_clip)
-    args = [*ARGS, "--steps", 6, "--frames", 25, "--lr", 0.1]
+    args = [*ARGS, "--steps", 503, "--frames", 25, "--lr", 0.1]
     code, _, err = call(monkeypatch, capsys, *args, module=tokenizer_script)
     assert code == 0, err
     assert asked.pop(0) == (range(32), 25)  # held out
-    assert [seeds for seeds, _ in asked] == [range(2 * i, 2 * i + 2) for i in range(6)]
+    assert [seeds for seeds, _ in asked] == [range(2 * i, 2 * i + 2) for i in steps]
     assert all(9 <= frames <= 25 for _, frames in asked) and len({frames for _, frames in asked}) > 2
-    assert [training for *_, training in encoded] == 6 * [True] + [False]  # and the held-out clips at last
-    for (video, tokens, _), (noisy, again), loss in zip(encoded, decoded, losses):
+    assert [training for *_, training in encoded] == [*4 * [True], False, True, True, False]
+    trained = [(*one, *other) for one, other in zip(encoded, decoded) if one[2]]
+    for (video, tokens, _, noisy, again), loss in zip(trained, losses):
         assert video.shape == (2, 3, 9, 16, 16)
         stds = (noisy - tokens).flatten(1).std(1)
         assert (stds < 0.6).all() and abs(stds[0] - stds[1]) > 0.01  # each clip has its own
         distortion = np.mean([(a - v).square().mean().log().item() for a, v in zip(again, video)])
         large = (tokens.abs() - 3).clamp(min=0).square().mean().item()
         assert loss == pytest.approx(distortion + large, abs=1e-4) and (tokens < -3).any()
-    lr = [0.1 * (i + 1) / 100 * (1 - i / 6) for i in range(6)]
+    lr = [0.1 * min(1, (i + 1) / 100) * (1 - i / 503) for i in steps]
     assert [rate for name, rate in rates if name == "Muon"] == pytest.approx(lr)
     assert [rate for name, rate in rates if name == "AdamW"] == pytest.approx([0.4 * rate for rate in lr])
     assert clipped == 6 * [({1}, 50.0)]

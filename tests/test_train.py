@@ -214,9 +214,15 @@ def test_three_steps_by_hand(folder, monkeypatch, tiny_files):
 
 def test_tokens_and_draws_of_each_part(folder, monkeypatch, tiny_files):
     """Noise on the tokens, from a seed of this part and step alone; the log; and no noise in the film strip."""
-    batches, forwards, strips = [], [], []
+    asked, batches, forwards, strips = [], [], [], []
     get_batch, forward, generate = train.get_batch, videomar.VideoMAR.forward, train.generate
-    monkeypatch.setattr(train, "get_batch", lambda *args: batches.append(get_batch(*args)) or batches[-1])
+
+    def watched_batch(*args):
+        asked.append(args[-2:])
+        batches.append(get_batch(*args))
+        return batches[-1]
+
+    monkeypatch.setattr(train, "get_batch", watched_batch)
 
     def watched(self, x, *args):
         loss = forward(self, x, *args)
@@ -227,6 +233,7 @@ def test_tokens_and_draws_of_each_part(folder, monkeypatch, tiny_files):
     monkeypatch.setattr(train, "generate", lambda *args: strips.append(args) or generate(*args))
     args = [*SHORT, "--steps", 2, "--parts", 2, "--seed", 7, "--noise", 0.3, "--dtype", "float32", "--recompute"]
     assert run_train(monkeypatch, *args, "--tokenizer", tiny_files / "tokenizer.pt") == 0
+    assert asked == [(0, 0), (0, 1), (1, 0), (1, 1)]  # steps and parts
     for i, ((clips, _), (x, _, recompute)) in enumerate(zip(batches, forwards)):
         tokens = tiny_tokenizer().encode(to_float(clips))
         torch.manual_seed(7 * 2**40 + i // 2 * 2**10 + i % 2)
@@ -536,8 +543,11 @@ def test_init_brings_its_tokenizer_size_and_sizes(folder, monkeypatch, tiny_file
     after = checkpoint("out/ckpt.pt")
     assert same(after["tokenizer"]["state"], content["tokenizer"]["state"])
     assert after["size"] == (16, 24) and after["config"]["snr_clip"] == 0.5 and after["config"]["dim"] == TINY.dim
-    assert run_train(monkeypatch, *SHORT, "--init", "init.pt", "--attention", "full", "--out", "full") == 0
-    assert params("full/ckpt.pt", "config")["attention"] == "full"
+    ablations = dict(attention="full", loss="total-mask", position="absolute")
+    options = [word for name, value in ablations.items() for word in (f"--{name}", value)]
+    for start in ("init", "tokenizer"):  # from its weights, and from nothing
+        assert run_train(monkeypatch, *SHORT, f"--{start}", "init.pt", *options, "--out", start) == 0
+        assert params(f"{start}/ckpt.pt", "config").items() >= ablations.items()
 
 
 def test_a_checkpoint_without_a_field_has_its_default(folder, monkeypatch, tiny_files):
