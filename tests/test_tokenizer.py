@@ -265,7 +265,7 @@ def test_training_by_hand(folder, monkeypatch, capsys):
 
 
 def test_of_a_named_tokenizer_the_decoder_alone_is_trained(folder, monkeypatch, capsys, tiny_files):
-    args = [*ARGS, "--steps", 1, "--frames", 5, "--tokenizer", tiny_files / "tokenizer.pt"]
+    args = ["--size", "16x16", "--batch", 2, "--steps", 1, "--frames", 5, "--tokenizer", tiny_files / "tokenizer.pt"]
     code, _, err = call(monkeypatch, capsys, *args, module=tokenizer_script)
     assert code == 0, err
     paths = tiny_files / "tokenizer.pt", "out/tokenizer-4x8x8.pt"

@@ -131,7 +131,7 @@ def test_schedule():
 def test_what_a_batch_is_asked_for():
     """Seeds by seed, step and part; frames up to t, where the model reads no others; changes of motion before t."""
     a = SimpleNamespace(seed=3, batch=8, parts=2, frames=(5, 13), size=(16, 24), frame0=0.05)
-    source = SimpleNamespace(batch=lambda *args: args)
+    source = SimpleNamespace(batch=lambda *args, length, change_until: (*args, length, change_until))
 
     def batch(t=2, part=1, **changes):
         return train.get_batch(a, source, replace(TINY, **changes), 4, 1, t, 5, part)
