@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageSequence
 
 import videomar
-from data.files import DATA, run, write
+from data.files import DATA, Bad, run, write
 from data.video import read_clip, to_float
 from data.world import World
 from sample import generate, guidance_at, load_model
@@ -251,9 +251,12 @@ FIGURES = {"watch.gif": watch, "mask.png": mask, "cache.png": cache, "schedules.
 
 @torch.no_grad()
 def main():
-    names = sys.argv[1:]
+    known = [draw.__name__ for draw in FIGURES.values()]
+    names = sys.argv[1:] or known
+    if not set(names) <= set(known):
+        raise Bad(f"{' '.join(names)}: the figures are {', '.join(known)}")
     for file, draw in FIGURES.items():
-        if not names or draw.__name__ in names:
+        if draw.__name__ in names:
             start = time.time()
             torch.manual_seed(0)
             write(DATA / file, draw)
