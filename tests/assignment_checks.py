@@ -97,7 +97,7 @@ def tiny(module, **changes):
 
 # ---------------------------------------------------------------------------------------------- one check for each
 def check_schedules(theirs):
-    for n, steps in [(64, 6), (1440, 64), (10, 64), (7, 3), (1, 1), (64, 64)]:
+    for n, steps in [(64, 6), (1440, 64), (10, 64), (7, 3), (1, 1), (64, 64), (64, 13)]:
         counts, of = list(theirs.unmask_counts(n, steps)), f"unmask_counts({n}, {steps})"
         expect(sum(counts) == n, f"{of}: the counts sum to {sum(counts)}; all {n} tokens must be revealed")
         expect(min(counts) >= 1, f"{of}: a step reveals {min(counts)} tokens; each must reveal at least one")
