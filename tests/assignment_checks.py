@@ -330,6 +330,7 @@ def check_sample(theirs):
     expect(told[0][0] == 12, f"with guidance the net gets {told[0][0]} rows for 6 tokens; it must be 12, [x; x]")
     same("with guidance 1, which is the caption's branch alone", both(temperature=0.0, guidance=1.0)[0],
          right.sample(lambda x, i: net(x, i)[:6], x.clone(), 0.0))
+    same("with guidance 0, which is the null's branch for the noise", *both(temperature=0.0, guidance=0.0)[:2])
     same("with guidance 3 at temperature 0", got, must)
     same("with guidance 3 at temperature 1: the variance is the caption's", *both(temperature=1.0, guidance=3.0)[:2])
     got, must, _ = both(lambda x, i: net(x, i).bfloat16(), temperature=0.0, guidance=3.0)

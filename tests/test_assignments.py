@@ -116,6 +116,7 @@ WRONG = [
     (8, "for i in reversed(range(self.steps)):\n",
      "x = x * temperature\n        for i in reversed(range(self.steps)):\n", "the first x"),
     (8, "for i in reversed(range(self.steps)):\n", "for i in range(self.steps):\n", "it must be 7 to 0"),
+    (8, "if guidance is not None:", "if guidance:", "RuntimeError in x0_from"),
     (8, "i).float().chunk(2, -1)", "i).chunk(2, -1)", "computed in float32"),
 
     (9, " / math.log(2)  # in bits", "", "divided by ln 2"),
