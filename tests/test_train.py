@@ -226,7 +226,7 @@ def test_tokens_and_draws_of_each_part(folder, monkeypatch, tiny_files):
 
     def watched(self, x, *args):
         loss = forward(self, x, *args)
-        forwards.append((x, loss.item(), self.recompute))
+        forwards.append((x, loss.item(), self.recompute, torch.initial_seed()))
         return loss
 
     monkeypatch.setattr(videomar.VideoMAR, "forward", watched)
@@ -234,9 +234,10 @@ def test_tokens_and_draws_of_each_part(folder, monkeypatch, tiny_files):
     args = [*SHORT, "--steps", 2, "--parts", 2, "--seed", 7, "--noise", 0.3, "--dtype", "float32", "--recompute"]
     assert run_train(monkeypatch, *args, "--tokenizer", tiny_files / "tokenizer.pt") == 0
     assert asked == [(0, 0), (0, 1), (1, 0), (1, 1)]  # steps and parts
-    for i, ((clips, _), (x, _, recompute)) in enumerate(zip(batches, forwards)):
+    for i, ((clips, _), (x, _, recompute, seed)) in enumerate(zip(batches, forwards)):
         tokens = tiny_tokenizer().encode(to_float(clips))
-        torch.manual_seed(7 * 2**40 + i // 2 * 2**10 + i % 2)
+        assert seed == 7 * 2**40 + i // 2 * 2**10 + i % 2
+        torch.manual_seed(seed)
         assert torch.allclose(x, tokens + 0.3 * torch.randn_like(tokens), atol=0.01)  # it is kept in half precision
         assert recompute
     for step, (_, _, _, loss, lr) in enumerate(columns("out/log.csv")[1:3]):
