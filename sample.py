@@ -163,7 +163,7 @@ def add_model_options(parser):
     add("--diffusion-steps", type=number(int, 2, 1000), help="diffusion steps a token (the checkpoint's)")
     add("--cfg", type=number(float, 0, 100), help="guidance, 1 is none (the checkpoint's)")
     add("--temperature", type=progressive_or_number, help="progressive, or a number for all frames (the checkpoint's)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="the same seed gives the same clip (0)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="the same seed gives the same clip (0)")
     add("--no-cache", action="store_true", help="compute all earlier frames again at every step: slower (off)")
     add("--ckpt", type=Path, help="checkpoint (out/videomar.pt if there is one, else data/videomar.pt)")
     add("--tokenizer", type=Path, help="folder of the Cosmos-Tokenizer of its tokens (the checkpoint's own tokenizer)")

@@ -318,7 +318,7 @@ def options_parser():
     add("--steps", type=number(int, 1), default=8000, help="training steps (8000)")
     add("--lr", type=number(float, 1e-9, 1), default=1e-2, help="learning rate of Muon; AdamW's is 0.4 of it (0.01)")
     add("--batch", type=number(int, 1), default=16, help="clips a step (16)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the weights and the noise (0)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the weights and the noise (0)")
     add("--out", type=Path, default=Path("out"), help="folder for tokenizer-STRIDE.pt, or for the latents (out)")
     parser.add_hardware()
     return parser

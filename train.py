@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
-from data.files import Bad, Parser, check_writable, choose_hardware, lock, number, ranks, run, save, sizes
+from data.files import Bad, Parser, check_writable, choose_hardware, lock, mix_seed, number, ranks, run, save, sizes
 from data.latents import open_source
 from data.video import psnr, read_ahead, to_float, to_uint8, write_strip
 from sample import FORMAT, build_model, generate, load_checkpoint
@@ -303,7 +303,7 @@ def main():
                 group["lr"] = factor * get_lr(a, step)
         loss = 0.0
         for i, (clips, captions) in enumerate(batch):
-            torch.manual_seed(a.seed * 2**40 + step * 2**10 + rank + world_size * i)  # all draws of this part
+            torch.manual_seed(mix_seed(a.seed, step * 2**10 + rank + world_size * i))  # all draws of this part
             with autocast:
                 with torch.no_grad():
                     latents = source.latents(clips.to(device), tokenizer)

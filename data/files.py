@@ -177,6 +177,11 @@ def choose_hardware(a):
     return device, dtype, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+def mix_seed(seed, number):
+    """A seed of 32 bits, as many as a CPU's generator takes, from that of a run and the number of a draw in it."""
+    return (seed * 2654435761 + number) % 2**32  # 2^32 over the golden ratio: neighbours end up far apart
+
+
 def ranks():
     """The number of this process among those that torchrun started, and how many they are: (0, 1) without torchrun."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from data import world
-from data.files import Bad, Parser, need, number, ranks, run
+from data.files import Bad, Parser, mix_seed, need, number, ranks, run
 from data.video import check_out, enlarge, find, psnr, read_clip, read_csv, to_float, to_uint8, write_strip, write_video
 from sample import add_model_options, generate, open_model
 
@@ -221,7 +221,7 @@ def make_prompts(a, model, tokenizer, frames, size, sampling):
         images, prompts, paths = zip(*jobs[index * BATCH:(index + 1) * BATCH])
         if all(path.exists() for path in paths):
             continue
-        torch.manual_seed(a.seed % 2**40 * 2**20 + index)  # a clip is a function of seed and list
+        torch.manual_seed(mix_seed(a.seed, index))  # a clip is a function of seed and list
         pictures = torch.from_numpy(np.stack([read_clip(image, size) for image in images]))
         given = tokenizer.encode(to_float(pictures.to(device)))
         latents = generate(model, given, list(prompts), latent_frames, sampling, not a.no_cache)
@@ -253,10 +253,10 @@ def check(a):
         raise Bad("--prompts: its rows name a picture and a prompt each; leave out --context and --prompt")
     if a.n and not a.prompts:
         raise Bad("--n: a held-out clip is made once; give it with --prompts")
-    if a.prompts:
-        need("av", "writing .mp4")
     if a.prompts and a.out and a.out.suffix:
         raise Bad(f"--out {a.out}: --prompts writes many clips; name a folder, without an ending")
+    if a.prompts:
+        need("av", "writing .mp4")
     check_out(a.out or Path("out/x"))
 
 

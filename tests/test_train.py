@@ -20,7 +20,7 @@ from PIL import Image
 import train
 import videomar
 from data import files, world
-from data.files import Bad
+from data.files import Bad, mix_seed
 from data.video import psnr, to_float, to_uint8, write_video
 
 ARGS = ["--size", "16x16", "--frames", "5,9", "--steps", 3, "--batch", 4, "--dtype", "float32", "--device", "cpu"]
@@ -146,6 +146,15 @@ def test_what_a_batch_is_asked_for():
     assert batch()[1:] == (9, (16, 24), 13, 0)
 
 
+def test_another_seed_and_another_number_draw_otherwise():
+    """A CPU's generator takes the lower 32 bits alone, so a seed in higher ones would change nothing."""
+    draws = []
+    for seed, number in ((0, 0), (1, 0), (2**22 - 1, 0), (0, 1), (0, 2**10)):
+        torch.manual_seed(mix_seed(seed, number))
+        draws.append(torch.rand(1).item())
+    assert len(set(draws)) == 5
+
+
 def test_muon_takes_the_inner_matrices_and_adamw_the_rest():
     model = tiny_model()
     adamw, muon = train.make_optimisers(model, "muon", 1e-3, False)
@@ -236,7 +245,7 @@ def test_tokens_and_draws_of_each_part(folder, monkeypatch, tiny_files):
     assert asked == [(0, 0), (0, 1), (1, 0), (1, 1)]  # steps and parts
     for i, ((clips, _), (x, _, recompute, seed)) in enumerate(zip(batches, forwards)):
         tokens = tiny_tokenizer().encode(to_float(clips))
-        assert seed == 7 * 2**40 + i // 2 * 2**10 + i % 2
+        assert seed == (7 * 2654435761 + i // 2 * 2**10 + i % 2) % 2**32
         torch.manual_seed(seed)
         assert torch.allclose(x, tokens + 0.3 * torch.randn_like(tokens), atol=0.01)  # it is kept in half precision
         assert recompute
