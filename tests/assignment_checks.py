@@ -175,6 +175,7 @@ def check_masking(theirs):
     model, frames, n = tiny(theirs, mask_ratio=(0.8, 0.1, 0.6, 0.9)), 4, 10
     for t in (2, 0):
         masked, places = model.draw_masked(16, frames, n, t)
+        expect(masked.dtype == torch.bool, f"`masked` is of {masked.dtype}; it must be of torch.bool")
         expect(masked.shape == (16, frames * n), f"`masked` has shape {tuple(masked.shape)}; it must be (16, 40)")
         count = places.shape[1]
         expect(count == 8, f"with r = 0.73 {count} of 10 tokens carry loss; it must be 8, 7.3 rounded up")
@@ -422,6 +423,7 @@ def check_forward(theirs):
     expect((which.bincount(minlength=len(x0)) == 3).all(), "not every target is taken 3 times")
     same("the hidden state that goes with a target", states, z[which])
     expect(snr_clip == 5.0, f"`diffusion.loss` gets snr_clip = {snr_clip}; it must be the configuration's, 5.0")
+    expect(states.requires_grad, "no gradient flows into the hidden states, and so none into the backbone")
     same("the result, the mean of the losses", got, torch.arange(len(targets)).float().mean())
     expect(lengths[-1] == 18,
            f"t = 2 of 4 frames of 6 tokens: {lengths[-1]} tokens are run; it must be 18, cut after t")

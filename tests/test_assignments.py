@@ -138,6 +138,7 @@ WRONG = [
      "(self.diffusion_mlp(x0, torch.zeros(len(z)), z)[:, :4] - x0).pow(2).mean()", "is not called"),
     (10, ", config.snr_clip).mean()", ").mean()", "snr_clip"),
     (10, "z.flatten(0, 1).repeat(draws, 1)", "z.flatten(0, 1).repeat_interleave(draws, 0)", "goes with a target"),
+    (10, "z.flatten(0, 1).repeat(draws, 1)", "z.detach().flatten(0, 1).repeat(draws, 1)", "none into the backbone"),
     (10, "draws = config.noise_draws", "draws = 1", "it must be 3 draws"),
     (10, "target = x.take_along_dim(places[..., None], 1).float()", "target = x[:, t * n:t * n + places.shape[1]]",
      "no token that carries loss"),
