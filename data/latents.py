@@ -119,7 +119,7 @@ class Latents(Source):
 
 def open_source(path=None, fps=None, out=None):
     """What --data names: a folder of clips (without what is in `out`), or of latents; else the drawn world."""
-    latents = path and any(path.glob("latents.*"))
+    latents = path and any((path / name).exists() for name in ("latents.json", "latents.pt"))
     if fps and (latents or not path):
         raise Bad(f"--fps {fps:g}: it says how a folder of clips is read, here are none; leave it out")
     if not path:

@@ -342,6 +342,11 @@ def test_encode_of_a_clip_that_is_damaged_where_it_is_read(folder):
     assert not (folder / "latents").exists()
 
 
+def test_a_clip_may_be_called_latents(folder):
+    write_video(folder / "clips/latents.gif", world.clip(0, 5, 16, 24)[0], 12)
+    assert isinstance(open_source(folder / "clips"), Folder)
+
+
 def test_latents_once(folder, monkeypatch, tiny_files, capsys):
     """Encoded, killed, gone on, shared by two ranks: the same shards. Training on them is training on the clips."""
     fill(folder / "clips", 8)
