@@ -84,15 +84,19 @@ def same(what, got, right, tolerance=1e-4):
         raise Wrong(f"{what}: at index {at} it is {got[*at]:.4g}; it must be {right[*at]:.4g}")
 
 
-def tiny(module, **changes):
-    """A small VideoMAR of a module, whose zero-initialised layers are filled so that every path carries signal."""
-    torch.manual_seed(0)
-    config = module.Config(**vars(replace(CONFIG, **changes)))
-    model = module.VideoMAR(config, Words(config.text_dim))
+def filled(model):
+    """The model, whose zero-initialised layers are filled so that every path carries signal."""
     for p in model.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.1)
     return model
+
+
+def tiny(module, **changes):
+    """A small VideoMAR of a module."""
+    torch.manual_seed(0)
+    config = module.Config(**vars(replace(CONFIG, **changes)))
+    return filled(module.VideoMAR(config, Words(config.text_dim)))
 
 
 # ---------------------------------------------------------------------------------------------- one check for each

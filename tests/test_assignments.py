@@ -284,6 +284,13 @@ def test_all_green_is_rewarded_with_a_film(folder, monkeypatch):
     assert rows[0] == rows[1] != rows[2]  # the same code and seed make the same film
 
 
+def test_a_film_that_fails_hurts_no_other(folder, monkeypatch, capsys):
+    monkeypatch.setattr(assignments, "EXERCISES", {})
+    monkeypatch.setattr(assignments, "make_film", lambda folder: (_ for _ in ()).throw(Bad(f"{folder}: broken")))
+    assignments.grade([Path("ann"), Path("bob")], 60, None, True)
+    assert capsys.readouterr().out.count("no film") == 2
+
+
 def test_the_readme_sets_them():
     readme = (ROOT / "README.md").read_text()
     assert all(f"`{name}`" in readme for names in EXERCISES.values() for name in names)
