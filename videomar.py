@@ -94,7 +94,7 @@ def rope_angles(positions, dim, base, top=1.0):
     """3D-RoPE (paper 4.3): positions (tokens, 3) -> the angles by which pairs of channels rotate (tokens, dim / 2).
 
     The fastest pair of an axis rotates by `top` radians a token. Each axis has channels of its own: t's come first,
-    then three eighths of all for y, and as many for x (of 64: 16, 24, 24; ours). So the product of a rotated query and
+    then about three eighths for y, and as many for x (of 64: 16, 24, 24; ours). So the product of a rotated query and
     a rotated key depends on their three offsets alone.
     """
     space = 2 * (dim * 3 // 16)

@@ -125,6 +125,7 @@ def check_cache(theirs):
     expect(cache.length == 0, "it moves `length`; the next unmasking step must overwrite the same places")
     expect(got[0].shape[2] == 4, f"the first frame of 4 tokens: {got[0].shape[2]} keys come back; it must be 4")
     same("keys of the first frame", got[0], first[0])
+    same("keys of the first frame in the buffer, at index 0", cache.buffer[0, 0, :, :, :4], first[0])
     same("values of the first frame", got[1], first[1])
     same("keys after a second step of the same frame", cache.update(0, *again)[0], again[0])
     cache.update(1, *other)
@@ -346,7 +347,7 @@ def check_sample(theirs):
 def check_loss(theirs):
     diffusion, right, tokens = theirs.Diffusion(1000, 10), ours.Diffusion(1000, 10), 400
     x0, z, error = torch.randn(tokens, 4), torch.randn(tokens, 3), torch.randn(tokens, 4) / 2
-    seen = []
+    seen, noises = [], []
 
     def both(wrong_by, v, snr_clip=math.inf):
         """The loss of a net that tells the noise but for an error, and that of ours; both with the same draws."""
@@ -354,7 +355,8 @@ def check_loss(theirs):
             seen.append((timestep, z))
             i = (right.timesteps == timestep[:, None]).int().argmax(1)
             a, s = right.table[:2, i, 0]
-            return torch.cat([(x - a * x0) / s + wrong_by, v.expand(tokens, 4)], -1)
+            noises.append((x - a * x0) / s)
+            return torch.cat([noises[-1] + wrong_by, v.expand(tokens, 4)], -1)
         losses = []
         for one in (diffusion, right):
             torch.manual_seed(2)
@@ -369,6 +371,8 @@ def check_loss(theirs):
     timestep = seen[0][0]
     expect(set(timestep.tolist()) <= set(right.timesteps.tolist()) and timestep.max() > 9,
            "the net must get self.timesteps[i], not the step i")
+    same("the timesteps, of steps drawn first, by torch.randint", timestep.float(), seen[1][0].float())
+    same("the noise in x_i, drawn next, by torch.randn_like(x0)", noises[0], noises[1], 1e-2)
     expect(both(0 * error, middle)[0].abs().max() > 1e-6, "the variational term is missing: v changes nothing")
     same("with the right noise and v = -1, in steps i > 0: no error, no divergence", got[~first], must[~first])
     nats = torch.allclose(got[first], must[first] * math.log(2))
@@ -407,7 +411,7 @@ def check_forward(theirs):
 
         def loss(net, x0, z, snr_clip=math.inf):
             losses.append((net, x0, z, snr_clip))
-            return torch.arange(len(x0)).float()
+            return torch.arange(len(x0)) + 0 * z.sum()
         model.diffusion.loss = loss
         text = read_text(captions, torch.zeros(16, dtype=torch.bool))
         z = hidden(x.flatten(1, 3), masked, text, (2, 3), chosen=places)
@@ -427,7 +431,7 @@ def check_forward(theirs):
     expect((which.bincount(minlength=len(x0)) == 3).all(), "not every target is taken 3 times")
     same("the hidden state that goes with a target", states, z[which])
     expect(snr_clip == 5.0, f"`diffusion.loss` gets snr_clip = {snr_clip}; it must be the configuration's, 5.0")
-    expect(states.requires_grad, "no gradient flows into the hidden states, and so none into the backbone")
+    expect(states.requires_grad and got.requires_grad, "no gradient flows into the backbone")
     same("the result, the mean of the losses", got, torch.arange(len(targets)).float().mean())
     expect(lengths[-1] == 18,
            f"t = 2 of 4 frames of 6 tokens: {lengths[-1]} tokens are run; it must be 18, cut after t")

@@ -124,7 +124,7 @@ def grade_one(folder, exercise, limit):
         verdict = Path(scratch) / "verdict"
         code = run_limited([TESTS / "assignment_checks.py", exercise, path, verdict], limit, scratch)
         if code is None:
-            return f"it did not come to an end in {limit:g} seconds"
+            return f"it did not come to an end in {limit:g} seconds (--limit; a busy machine takes longer)"
         if not verdict.exists():
             return f"it ended Python (exit code {code})"
         return verdict.read_text() or None
