@@ -176,7 +176,7 @@ def options_parser():
     parser = Parser(description="Make a video of a picture, or continue a clip.")
     source, region = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
     source.add_argument("--img", type=Path, help="the first frame; a bare name is also looked up in data/ (none)")
-    source.add_argument("--video", type=Path, help="continue this clip: .gif, .webp, .png, .mp4 or a folder (none)")
+    source.add_argument("--video", type=Path, help="continue this clip: .gif, .webp, .png or .mp4 (none)")
     region.add_argument("--box", type=y0_x0_y1_x1, help="pixels such as 0,0,32,64: make these of --video anew (none)")
     region.add_argument("--mask", type=Path, help="the same with a picture, white where --video is made anew (none)")
     add = parser.add_argument
@@ -185,7 +185,7 @@ def options_parser():
     add("--then", nargs=2, action="append", default=[], metavar=("FRAME", "PROMPT"),
         help="another prompt from this pixel frame on (none)")
     add("--n", type=number(int, 1), default=1, help="clips, made in one batch (1)")
-    add("--out", type=Path, help=".gif, .webp, .png (animated), .mp4 (needs av) or a folder (out/NAME.gif)")
+    add("--out", type=Path, help=".gif, .webp, .png (animated) or .mp4, which needs av (out/NAME.gif)")
     add("--watch", action="store_true", help="also NAME-watch.gif: the first clip after each unmasking step (off)")
     add_model_options(parser)
     return parser
@@ -225,7 +225,7 @@ def check(a):
         raise Bad("nothing to start from: give --img PICTURE (try --img cat.png), --video CLIP or --prompt TEXT")
     if (a.box or a.mask or a.context) and not a.video:
         raise Bad("--box, --mask, --context: they tell what of a clip is given; name it with --video")
-    check_out(a.out or Path("out/x"))
+    check_out(a.out or Path("out/x.gif"))
 
 
 def later_prompts(a, first, frames, stride, config):

@@ -288,7 +288,7 @@ class Pretrained(nn.Module):
 
     def forward(self, captions):
         """list of str -> states (batch, token, dim), mask (batch, token), True at tokens. Long captions are cut."""
-        states = [caption.states if hasattr(caption, "states") else self.states_of(caption) for caption in captions]
+        states = [self.states_of(caption) for caption in captions]
         width = -(-max(map(len, states)) // 8) * 8
         mask = torch.arange(width) < torch.tensor([[len(s)] for s in states])
         states = torch.stack([F.pad(s, (0, 0, 0, width - len(s))) for s in states])
@@ -309,7 +309,6 @@ def options_parser():
     add = parser.add_argument
     add("--tokenizer", type=Path, help="with --encode: a file of ours, or the folder of a Cosmos-Tokenizer (the one "
                                        "that ships); else: a file of ours, whose decoder alone is trained (a new one)")
-    add("--text", help="with --encode, also write the states of this text encoder, such as Qwen/Qwen2-1.5B (none)")
     add("--fps", type=number(float, 0.01, 1000), help="pictures a second to take from the clips (all)")
     add("--stride", type=sizes("4x8x8"), help="frames x rows x columns of a token (4x8x8)")
     add("--size", type=sizes("64x64"), default=(64, 64), help="HEIGHTxWIDTH of the clips (64x64)")
@@ -324,7 +323,7 @@ def options_parser():
     return parser
 
 
-def encode(a, device, dtype):
+def encode(a, device):
     """--encode: the latents of a folder of clips."""
     begun = a.out / "latents.pt"  # of a run that was stopped
     packed = load(begun, "latents")["tokenizer"] if begun.exists() else None
@@ -332,28 +331,29 @@ def encode(a, device, dtype):
     check_size(tokenizer.stride, a.frames, *a.size)
     source = Folder(a.encode, a.fps)
     print(source.about, flush=True)
-    write_latents(source, a.out, tokenizer, a.frames, a.size, device, a.text and Pretrained(a.text, device, dtype))
+    write_latents(source, a.out, tokenizer, a.frames, a.size, device)
     print(f"wrote {a.out}; skipped {len(source.skipped)} files; "
           f"python train.py --data {a.out}{tokenizer.hint} trains on these latents")
 
 
 def main():
     a = options_parser().parse_args()
-    if not a.encode and (a.text or a.tokenizer and a.tokenizer.is_dir()):
-        raise Bad("--text, or a Cosmos-Tokenizer: neither is trained here; give them with --encode")
+    if not a.encode and a.tokenizer and a.tokenizer.is_dir():
+        raise Bad(f"--tokenizer {a.tokenizer}: a Cosmos-Tokenizer is not trained here; give it with --encode")
     if a.tokenizer and (a.stride or a.width):
         raise Bad("--stride, --width: they are those of --tokenizer; leave them out")
     device, dtype, autocast = choose_hardware(a)
     check_writable(a.out / "x")
     torch.manual_seed(a.seed)
     if a.encode:
-        return encode(a, device, dtype)
-    tokenizer = Tokenizer(a.stride or (4, 8, 8), width=a.width or 192).to(device)
+        return encode(a, device)
+    if a.tokenizer:
+        tokenizer = open_tokenizer(a.tokenizer, None, device).requires_grad_(True)
+    else:
+        tokenizer = Tokenizer(a.stride or (4, 8, 8), width=a.width or 192).to(device)
     _, p, q = tokenizer.stride
     if p != q or p < 2 or p & (p - 1):
         raise Bad(f"--stride {'x'.join(map(str, a.stride))}: rows and columns must be equal, and 2, 4, 8, 16 or so on")
-    if a.tokenizer:
-        tokenizer = open_tokenizer(a.tokenizer, None, device).requires_grad_(True)
     part = tokenizer.decoder if a.tokenizer else tokenizer  # what is trained
     matrices = [p for p in part.parameters() if p.dim() == 2]
     vectors = [p for p in part.parameters() if p.dim() < 2]

@@ -11,7 +11,6 @@ import random
 import signal
 import sys
 import time
-import warnings
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,9 +21,6 @@ import data  # before torch, for Ctrl-C
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint import state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
 from data.files import Bad, Parser, check_writable, choose_hardware, lock, mix_seed, number, ranks, run, save, sizes
@@ -38,10 +34,8 @@ WARMUP, CLIP, EMA = 100, 3.0, 0.9999  # steps; norm of the gradients (MAR); deca
 INNER = ("blocks.", "diffusion_mlp.modulate", "diffusion_mlp.mlps")  # modules whose matrices Muon takes
 MUON = 3  # times the learning rate of AdamW (measured)
 ABLATIONS = ("attention", "loss", "position")
-# What --resume may not change: it would repeat or skip clips, or go on with another model. And what it does not keep.
-FIXED = ("preset", "frames", "size", "fps", "batch", "parts", "seed", "noise", "frame0", "optimiser", *ABLATIONS)
-OF_THIS_RUN = ("init", "resume", "out", "tokenizer", "device", "dtype", "compile", "shard", "recompute")
-FULL = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)  # one file format, sharded or not
+OF_THIS_RUN = ("init", "resume", "out", "tokenizer", "device", "dtype", "compile", "recompute")  # no checkpoint keeps
+FREE = ("steps", "lr", "save_every", "data", "text")  # of what it keeps, --resume may change these
 
 
 def options_parser():
@@ -66,13 +60,12 @@ def options_parser():
     add("--noise", type=number(float, 0, 10), help="std of noise on the tokens (toy on the drawn world 0.15, else 0)")
     add("--frame0", type=number(float, 0, 1), help="share of steps that train frame 0 from the text alone; above 0, "
                                                    "some clips change motions (toy on the drawn world 0.05, else 0)")
-    add("--seed", type=number(int, 0, 2**22 - 1), default=0, help="of the weights and of all draws (0)")
-    add("--save-every", type=number(int, 1), default=500, help="steps between checkpoints (500)")
+    add("--seed", type=number(int, 0, 2**22 - 1), help="of the weights and of all draws (0)")
+    add("--save-every", type=number(int, 1), help="steps between checkpoints (500)")
     add("--attention", choices=("causal", "full"), help="full is an ablation of the paper's Table 4 (causal)")
     add("--loss", choices=("next-frame", "total-mask"), help="total-mask is another one (next-frame)")
     add("--position", choices=("rope", "absolute"), help="absolute is the ablation of the paper's App. A (rope)")
     add("--compile", action="store_true", help="torch.compile the blocks and the MLP: slow to start, fast later (off)")
-    add("--shard", action="store_true", help="split parameters and state over the ranks of torchrun, FSDP2 (off)")
     add("--recompute", action="store_true", help="compute activations again in the backward pass: less memory (off)")
     parser.add_hardware()
     return parser
@@ -81,35 +74,40 @@ def options_parser():
 def read_options(argv=None):
     """The options, the source of clips, and the checkpoint of --resume or --init, {} without one. Raises Bad.
 
-    What is not given comes from the run that is resumed or from --init, then from the preset, then from the source.
+    What is not given comes from the run that is resumed; else from latents, from --init, from the preset, or from the
+    source, in this order.
     """
-    parser = options_parser()
-    a = parser.parse_args(argv)
-    path = a.out / "ckpt.pt" if a.resume else a.init
-    checkpoint = load_checkpoint(path) if path else {}
-    if a.resume and "model" not in checkpoint:
-        raise Bad(f"--resume: {path} is for sampling alone; start anew with --init {path}")
-    kept = checkpoint.get("options", {})
-    if not a.resume:
-        kept = {name: kept[name] for name in ("preset", "size", "text") if kept}
-    parser.set_defaults(**{"preset": "toy", **kept})
-    a = parser.parse_args(argv)
-    source, preset = open_source(a.data, a.fps, a.out), PRESETS[a.preset]
-    defaults = {"parts": ranks()[1], **source.training, **preset["training"], **kept, **source.fixed}
-    parser.set_defaults(init=path, **defaults)
-    a = parser.parse_args(argv)
-    a.steps = stage_steps(a.frames, a.steps, preset["steps"])
-    for name in FIXED if a.resume else ():
-        if getattr(a, name) != kept[name]:
-            raise Bad(f"--resume: --{name} was {kept[name]}; leave it so, or start anew with --init {path}")
+    a = options_parser().parse_args(argv)
+
+    def fill(options):
+        for name, value in options.items():
+            if getattr(a, name, value) is None:
+                setattr(a, name, value)
+
+    if a.resume:
+        a.init = a.out / "ckpt.pt"
+    checkpoint = load_checkpoint(a.init) if a.init else {}
+    kept = checkpoint.get("options")
+    if a.resume:
+        if "optimisers" not in checkpoint:
+            raise Bad(f"--resume: {a.init} holds no optimiser's state; start anew with --init {a.init}")
+        fill(kept)
+        for name, value in kept.items():
+            if getattr(a, name, value) != value and name not in FREE:
+                raise Bad(f"--resume: --{name} was {value}; leave it so, or start anew with --init {a.init}")
+    a.data = a.data and Path(a.data)
+    source = open_source(a.data, a.fps, a.out)
     if a.resume and source.files != checkpoint["files"]:
         raise Bad(f"--resume: --data {a.data} holds other clips than before; give it those, or start anew with --init")
-    if source.text not in (None, a.text):
-        raise Bad(f"--text {a.text}: the captions of --data {a.data} are encoded by {source.text}; leave it out")
+    fill(source.fixed)
+    if a.init:
+        fill({name: kept[name] for name in ("preset", "size", "text")})
+    fill({"preset": "toy", "parts": ranks()[1], "seed": 0, "save_every": 500})
+    fill(PRESETS[a.preset]["training"])
+    fill(source.training)
+    a.steps = stage_steps(a.frames, a.steps, PRESETS[a.preset]["steps"])
     if a.batch % a.parts or a.parts % ranks()[1]:
         raise Bad(f"--batch {a.batch} in --parts {a.parts} on {ranks()[1]} ranks: each must be a multiple of the next")
-    if a.shard and (ranks()[1] == 1 or a.optimiser == "muon"):
-        raise Bad("--shard: it needs several ranks of torchrun, and --optimiser adamw, since Muon takes whole matrices")
     check_writable(a.out / "ckpt.pt")
     return a, source, checkpoint
 
@@ -170,23 +168,9 @@ def make_model(a, checkpoint, channels, device, dtype):
         torch._dynamo.config.recompile_limit = 64  # a graph for every frame t
         for module in (*model.blocks, model.diffusion_mlp):
             module.compile()
-    if a.shard:
-        shard(model, device)
-        shard(ema, device)
-    elif dist.is_initialized():
+    if dist.is_initialized():
         return model, ema, nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     return model, ema, model
-
-
-def shard(model, device):
-    """FSDP2: each rank keeps a part of every tensor; those of a block, and of the MLP, are gathered while it runs."""
-    # The view is that of `text_keys_values`, which nothing changes in place.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .FSDPBlock. returned a view")
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for module in (*model.blocks, model.diffusion_mlp, model):
-        fully_shard(module, mesh=mesh)
-    for block in model.blocks:  # called from outside the block's forward
-        register_fsdp_forward_method(block, "text_keys_values")
 
 
 def make_optimisers(model, name, lr, fused):
@@ -219,18 +203,16 @@ def estimate_psnr(a, stage, ema, sampling, tokenizer, source, device):
 
 
 def save_checkpoints(a, step, model, ema, optimisers, tokenizer, sampling, source):
-    """ckpt.pt, which --resume needs, and videomar.pt, which is small and enough to sample from. All ranks call it."""
-    weights, state = state_dict.get_state_dict(model, optimisers, options=FULL)
-    averaged = state_dict.get_model_state_dict(ema, options=FULL)
+    """ckpt.pt, which --resume needs, and videomar.pt, which is small and enough to sample from."""
     options = {name: value for name, value in vars(a).items() if name not in OF_THIS_RUN}
     options.update({name: getattr(model.config, name) for name in ABLATIONS})
     options["data"] = a.data and str(a.data.absolute())  # a path is no plain value, and the current folder may change
     about = {"kind": "videomar", "format": FORMAT, "step": step, "config": asdict(model.config),
              "sampling": asdict(sampling), "tokenizer": tokenizer.pack(), "text": model.text.name, "frames": a.frames,
              "size": a.size, "data": source.about, "files": source.files, "options": options}
-    if ranks()[0] == 0:
-        save({**about, "ema": averaged, "model": weights, "optimiser": state}, a.out / "ckpt.pt")
-        save({**about, "ema": {name: value.half() for name, value in averaged.items()}}, a.out / "videomar.pt")
+    averaged, states = ema.state_dict(), [optimiser.state_dict() for optimiser in optimisers]
+    save({**about, "ema": averaged, "model": model.state_dict(), "optimisers": states}, a.out / "ckpt.pt")
+    save({**about, "ema": {name: value.half() for name, value in averaged.items()}}, a.out / "videomar.pt")
 
 
 def start_ranks(device):
@@ -264,12 +246,13 @@ def main():
 
     # ------------------------------------------------------------------------------------------- model, optimiser
     model, ema, learner = make_model(a, checkpoint, tokenizer.channels, device, dtype)
-    optimisers = make_optimisers(model, a.optimiser, a.lr, device.type in ("cuda", "cpu") and not a.shard)
+    optimisers = make_optimisers(model, a.optimiser, a.lr, device.type in ("cuda", "cpu"))
     step, total = 0, sum(a.steps)
     if a.resume:
         step = checkpoint["step"]
-        state_dict.set_state_dict(model, optimisers, model_state_dict=checkpoint["model"],
-                                  optim_state_dict=checkpoint["optimiser"], options=FULL)
+        model.load_state_dict(checkpoint["model"])
+        for optimiser, state in zip(optimisers, checkpoint["optimisers"]):
+            optimiser.load_state_dict(state)
     del checkpoint  # it may be large
     sampling = Sampling(**{**source.sampling, **PRESETS[a.preset]["sampling"]})
 
@@ -314,8 +297,7 @@ def main():
                 part_loss = learner(latents, captions, t) / len(batch)
             part_loss.backward()
             loss += part_loss.detach()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        if not (norm.full_tensor() if a.shard else norm).isfinite():  # the same on every rank
+        if not nn.utils.clip_grad_norm_(model.parameters(), CLIP).isfinite():  # the same on every rank
             raise Bad(f"step {step + 1}: the gradients are not finite; give --resume, and --lr {a.lr / 2:g} or lower")
         for optimiser in optimisers:
             optimiser.step()
@@ -335,11 +317,11 @@ def main():
             print(*row, sep=",", file=log)
             bar.set_postfix(stage=stage + 1, loss=f"{loss.item():.3f}", tok_s=f"{rate:.0f}", refresh=False)
             bar.update()
-        if ends and rank == 0 and not a.shard:  # no rank holds a whole model that is sharded
+        if ends and rank == 0:
             with autocast:
                 score, path = estimate_psnr(a, stage, ema, sampling, tokenizer, source, device)
             bar.write(f"stage {stage + 1} done after {seconds / 60:.1f} min: {score:.2f} dB on 4 clips, see {path}")
-        if ends or stop or step % a.save_every == 0:
+        if rank == 0 and (ends or stop or step % a.save_every == 0):
             save_checkpoints(a, step, model, ema, optimisers, tokenizer, sampling, source)
     bar.close()
     if world_size > 1:

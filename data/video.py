@@ -2,7 +2,6 @@
 
 Pillow reads what it can; .mp4, .webm, .mov and .mkv go through av (pip install av).
 """
-import csv
 import sys
 import warnings
 import zlib
@@ -22,7 +21,6 @@ from data.files import DATA, Bad, check_writable, need, write
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv")
 ANIMATIONS = (".gif", ".webp", ".apng")
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
 
 # ------------------------------------------------------------------------------------------------------ reading
@@ -32,19 +30,9 @@ def find(path):
 
 
 def caption_of(path):
-    """The text in NAME.txt beside a clip or a folder of pictures NAME, "" without such a file."""
-    note = path.parent / f"{path.name if path.is_dir() else path.stem}.txt"
+    """The text in NAME.txt beside a picture or clip NAME, "" without such a file."""
+    note = path.with_suffix(".txt")
     return note.read_text("utf-8-sig", "replace").strip() if note.is_file() else ""
-
-
-def read_csv(path, *columns):
-    """The rows of a csv file that has these columns. Raises Bad."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            return [tuple(row[column] for column in columns) for row in csv.DictReader(file, strict=True)]
-    except (OSError, KeyError, ValueError, csv.Error) as e:
-        reason = f"it cannot be read ({type(e).__name__})"
-        raise Bad(f"{path}: {reason}; give a csv in UTF-8 whose first line is {','.join(columns)}") from None
 
 
 def to_rgb(image):
@@ -63,27 +51,12 @@ def upright(frame, stretch):
     return image.rotate(frame.rotation, expand=True)
 
 
-def pictures_in(folder):
-    """The files of pictures in a folder, 2.png before 10.png."""
-    files = [file for file in folder.glob("[!.]*") if file.suffix.lower() in PICTURES]
-    return sorted(files, key=lambda file: (len(file.name), file.name))
-
-
-def is_clip(folder):
-    """Whether a folder holds pictures alone, which are the frames of one clip."""
-    kinds = {file.suffix.lower() for file in folder.iterdir() if file.is_file()}
-    return bool(kinds & {*PICTURES}) and not kinds & {*VIDEOS, *ANIMATIONS}
-
-
 @lru_cache(100_000)  # of an animation or a video it reads the whole file
 def timeline(path, changed):
-    """When each picture of a clip appears, and when the last one goes, in seconds. A folder's pictures are numbered.
+    """When each picture of a clip appears, and when the last one goes, in seconds.
 
     changed: the time of the file's last change, for the cache.
     """
-    if path.is_dir():
-        count = len(pictures_in(path))
-        return np.arange(count), count
     if path.suffix.lower() in VIDEOS:
         with need("av", path).open(str(path)) as file:
             stream = file.streams.video[0]
@@ -103,20 +76,15 @@ def timeline(path, changed):
 def pictures(path, frames, fps, place, length):
     """Yields the pictures that `read_clip` returns, in their full size."""
     times, seconds = timeline(path, path.stat().st_mtime_ns)
-    if path.is_dir():
-        fps = None  # its pictures have no times
-    count = int(seconds * fps + 1e-6) if fps else len(times)
+    count = round(seconds * fps) if fps else len(times)
     if count < length:
         raise Bad(f"{path}: {count} frames, {length} are needed; give a longer one, or fewer --frames or --context")
     if fps:  # what is on the screen at these moments
-        moments = place * (seconds - length / fps) + np.arange(frames) / fps
+        moments = place * max(0, seconds - length / fps) + np.arange(frames) / fps
         chosen = np.searchsorted(times, moments + 1e-6, side="right") - 1
     else:
         chosen = round(place * (count - length)) + np.arange(frames)
-    if path.is_dir():
-        files = pictures_in(path)
-        yield from (to_rgb(Image.open(files[i])) for i in chosen)
-    elif path.suffix.lower() in VIDEOS:
+    if path.suffix.lower() in VIDEOS:
         with need("av", path).open(str(path)) as file:
             stream = file.streams.video[0]
             start = float((stream.start_time or 0) * stream.time_base)
@@ -136,7 +104,7 @@ def pictures(path, frames, fps, place, length):
 
 
 def read_clip(path, size, frames=1, fps=None, place=0.0, length=None):
-    """The first `frames` of `length` successive pictures of a file or a folder -> uint8 (frames, H, W, 3).
+    """The first `frames` of `length` successive pictures of a file -> uint8 (frames, H, W, 3).
 
     Pictures are cropped in the middle to the aspect of size (height, width), and resized. fps: pictures a second,
     all of them by default; place in [0, 1]: from the clip's beginning to its end. Raises Bad.
@@ -166,8 +134,7 @@ class Source:
     """
 
     about, files, skipped = "", None, {}
-    text = packed = None  # of latents: the name of their text encoder, their tokenizer
-    fixed = {}  # options that follow from latents
+    packed, fixed = None, {}  # of latents: their tokenizer, and options that follow from them
     sampling, training = {}, {"noise": 0.0, "frame0": 0.0}
 
     def batch(self, seeds, frames, size, **options):
@@ -189,27 +156,22 @@ class Source:
 
 
 class Folder(Source):
-    """Clips below a folder: videos, animations, folders of pictures. What cannot be used is skipped, with one warning.
+    """Videos and animations below a folder, captions beside them. What cannot be used is skipped, with one warning.
 
-    A caption is in NAME.txt beside NAME, or in a metadata.csv with file_name,text (Hugging Face's convention).
-    out: a folder whose film strips are no clips. Raises Bad.
+    out: a folder whose contents are no clips. Raises Bad.
     """
 
     def __init__(self, folder, fps=None, out=None):
         self.folder, self.fps, self.skipped, self.clips = folder, fps, {}, []
         if not folder.is_dir():
             raise Bad(f"{folder}: no such folder; give one with clips, or one written by tokenizer.py --encode")
-        table = folder / "metadata.csv"
-        captions = dict(read_csv(table, "file_name", "text") if table.is_file() else ())
-        root, strips = folder.resolve(), out and out.resolve()
+        root, outputs = folder.resolve(), out and out.resolve()
         for path in sorted(root.rglob("*")):
-            name = path.relative_to(root)
-            if any(part[0] == "." for part in name.parts) or strips in (path, *path.parents):
-                continue
-            if path.suffix.lower() in VIDEOS + ANIMATIONS or path.is_dir() and is_clip(path):
-                self.clips.append((path, captions.get(name.as_posix()) or caption_of(path)))
+            hidden = any(part[0] == "." for part in path.relative_to(root).parts)
+            if path.suffix.lower() in VIDEOS + ANIMATIONS and not hidden and outputs not in path.parents:
+                self.clips.append((path, caption_of(path)))
         if not self.clips:
-            raise Bad(f"{folder}: no clips in it; looked for {', '.join(VIDEOS + ANIMATIONS)} and folders of pictures")
+            raise Bad(f"{folder}: no clips in it; looked for {', '.join(VIDEOS + ANIMATIONS)}")
         if any(path.suffix.lower() in VIDEOS for path, _ in self.clips):
             need("av", f"--data {folder}")
         listing = repr([(str(path.relative_to(root)), caption) for path, caption in self.clips])
@@ -290,17 +252,6 @@ def draw_step(tokenizer, latents, masked, t, step, counts):
     return np.asarray(image)
 
 
-def write_pictures(folder, video):
-    """A folder of numbered pictures, each replaced by itself, so that a kill leaves no picture half-written."""
-    if any(f.suffix != ".png" or not f.stem.isdigit() for f in folder.glob("[!.]*")):
-        raise Bad(f"{folder}: a folder with other things in it; choose another place with --out")
-    files = [folder / f"{i:04d}.png" for i in range(len(video))]
-    for file, frame in zip(files, video):
-        write(file, Image.fromarray(frame).save)
-    for old in set(folder.glob("[!.]*")) - set(files):
-        old.unlink()
-
-
 def write_mp4(path, video, fps):
     av = need("av", path)
     frames, height, width, _ = video.shape
@@ -314,17 +265,15 @@ def write_mp4(path, video, fps):
 
 def check_out(path):
     """Raises Bad unless `write_video` can write there."""
-    if path.suffix not in (".gif", ".webp", ".png", ".mp4", ""):
-        raise Bad(f"--out {path}: its ending must be .gif, .webp, .png, .mp4, or none for a folder")
+    if path.suffix not in (".gif", ".webp", ".png", ".mp4"):
+        raise Bad(f"--out {path}: its ending must be .gif, .webp, .png or .mp4")
     if path.suffix == ".mp4":
         need("av", "writing .mp4")
     check_writable(path)
 
 
 def write_video(path, video, fps):
-    """uint8 (frames, H, W, 3) as .gif, .webp, .png (animated), .mp4 (needs av), or without an ending a folder."""
-    if not path.suffix:
-        return write_pictures(path, video)
+    """uint8 (frames, H, W, 3) as .gif, .webp, .png (animated) or .mp4 (needs av)."""
     if path.suffix == ".mp4":
         return write(path, lambda part: write_mp4(part, video, fps))
     frames, shortest = [Image.fromarray(frame) for frame in video], 1

@@ -311,11 +311,10 @@ def plan(a):
               f"{batch} clips, {batch * n * (t + 2) / 2:.0f} tokens and {flops:.3g} FLOPs a step in the mean")
     state = state_bytes(model, optimiser)
     tokens = batch // parts * n * (1 + (max(frames) - 1) // a.stride[0])
-    for shard in (1, a.gpus) if a.gpus > 1 and optimiser == "adamw" else (1,):
-        for recompute in (False, True):
-            print(f"memory     {state / shard / 2**30:8.2f} GiB of parameters, gradients and state + about "
-                  f"{activation_bytes(c, tokens, recompute) / 2**30:.2f} of activations a GPU"
-                  + ", --shard" * (shard > 1) + ", --recompute" * recompute)
+    for recompute in (False, True):
+        print(f"memory     {state / 2**30:8.2f} GiB of parameters, gradients and state + about "
+              f"{activation_bytes(c, tokens, recompute) / 2**30:.2f} of activations a GPU"
+              + ", --recompute" * recompute)
     days = total / a.gpus / a.rate / 86400
     print(f"time       {total:.3g} FLOPs: {days:.3g} days on {a.gpus} GPUs at {a.rate:.3g} FLOP/s each")
     return {"parameters": count, "flops": total, "flops_a_step": by_stage, "state_bytes": state, "days": days}

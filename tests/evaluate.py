@@ -9,6 +9,7 @@
 The paper scores its clips with VBench, whose models judge them. Here the future is known, so a program can read from
 the pixels of a sample which shapes there are, of which colour, and where, and compare that with the true clip (ours).
 """
+import csv
 import json
 import sys
 import time
@@ -21,8 +22,8 @@ import torch
 from tqdm import tqdm
 
 from data import world
-from data.files import Bad, Parser, mix_seed, need, number, ranks, run
-from data.video import check_out, enlarge, find, psnr, read_clip, read_csv, to_float, to_uint8, write_strip, write_video
+from data.files import Bad, Parser, check_writable, mix_seed, need, number, ranks, run
+from data.video import check_out, enlarge, find, psnr, read_clip, to_float, to_uint8, write_strip, write_video
 from sample import add_model_options, generate, open_model
 
 MEASURES = ("shape", "colour", "motion_error", "background", "smoothness", "dynamic_degree")
@@ -184,8 +185,14 @@ def read_prompts(path, size):
 
     Every rank of torchrun checks all of them before anything is made, so that all end alike.
     """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            table = [(row["image"], row["prompt"]) for row in csv.DictReader(file, strict=True)]
+    except (OSError, KeyError, ValueError, csv.Error) as e:
+        reason = f"it cannot be read ({type(e).__name__})"
+        raise Bad(f"{path}: {reason}; give a csv in UTF-8 whose first line is image,prompt") from None
     rows, checked, faults = {}, set(), []
-    for image, prompt in read_csv(path, "image", "prompt"):
+    for image, prompt in table:
         if not image or prompt is None:
             faults.append(f"the row of {image or prompt!r} has no picture or no prompt")
             continue
@@ -257,7 +264,9 @@ def check(a):
         raise Bad(f"--out {a.out}: --prompts writes many clips; name a folder, without an ending")
     if a.prompts:
         need("av", "writing .mp4")
-    check_out(a.out or Path("out/x"))
+        check_writable((a.out or Path("out")) / "x")
+    else:
+        check_out(a.out or Path("out/eval.gif"))
 
 
 def main():

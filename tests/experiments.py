@@ -328,12 +328,12 @@ def finetune(lab):
     clips = lab.folder / "clips"
     for seed in range(8):
         video, caption, *_ = blinking(seed)
-        write_video(clips / f"{seed}", video, 12)  # a folder: an animated picture joins frames that are equal
+        write_video(clips / f"{seed}.webp", video, 12)
         (clips / f"{seed}.txt").write_text(caption + "\n")
     others = range(1000, 1016)
     before = lab.once("before", lambda: score_blinking(lab, lab.ckpt, "before", others))
-    tuned = lab.train("blink", 0, "--data", clips, "--init", lab.ckpt, "--lr", 5e-4, "--noise", 0.15, frames="25",
-                      steps=[800])
+    options = ["--data", clips, "--fps", 12, "--init", lab.ckpt, "--lr", 5e-4, "--noise", 0.15]
+    tuned = lab.train("blink", 0, *options, frames="25", steps=[800])
     after = lab.once("after", lambda: score_blinking(lab, tuned, "after", others))
     learned = lab.once("learned", lambda: score_blinking(lab, tuned, "learned", range(8)))
     rows = [("before", before), ("after 800 steps on 8 clips", after), ("the 8 clips themselves", learned)]
