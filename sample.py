@@ -174,13 +174,12 @@ def add_model_options(parser):
 
 def options_parser():
     parser = Parser(description="Make a video of a picture, or continue a clip.")
-    source, region = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
+    source, given = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
     source.add_argument("--img", type=Path, help="the first frame; a bare name is also looked up in data/ (none)")
     source.add_argument("--video", type=Path, help="continue this clip: .gif, .webp, .png or .mp4 (none)")
-    region.add_argument("--box", type=y0_x0_y1_x1, help="pixels such as 0,0,32,64: make these of --video anew (none)")
-    region.add_argument("--mask", type=Path, help="the same with a picture, white where --video is made anew (none)")
+    given.add_argument("--box", type=y0_x0_y1_x1, help="pixels such as 0,0,32,64: make these of --video anew (none)")
     add = parser.add_argument
-    region.add_argument("--context", type=number(int, 1), help="latent frames of --video that are given (2)")
+    given.add_argument("--context", type=number(int, 1), help="latent frames of --video that are given (2)")
     add("--prompt", help="what happens (the text in NAME.txt beside the picture)")
     add("--then", nargs=2, action="append", default=[], metavar=("FRAME", "PROMPT"),
         help="another prompt from this pixel frame on (none)")
@@ -207,15 +206,12 @@ def open_model(a):
     return model, tokenizer, checkpoint, sampling, frames, size, autocast
 
 
-def kept_tokens(a, size, stride):
-    """The tokens that no pixel of --box or --mask lies in -> bool (h, w). Raises Bad."""
-    if a.mask:
-        region = torch.from_numpy(read_clip(find(a.mask), size)[0, :, :, 0]) > 127  # white
-    else:
-        region = torch.zeros(size, dtype=torch.bool)
-        region[a.box] = True
+def kept_tokens(box, size, stride):
+    """The tokens that no pixel of --box lies in -> bool (h, w). Raises Bad."""
+    region = torch.zeros(size, dtype=torch.bool)
+    region[box] = True
     if not region.any():
-        raise Bad(f"--box, --mask: no pixel of {size[0]}x{size[1]} is marked; give y0,x0,y1,x1, or paint it white")
+        raise Bad(f"--box: no pixel of {size[0]}x{size[1]} lies in it; give y0,x0,y1,x1")
     return F.max_pool2d(region[None].float(), stride[1:])[0] == 0
 
 
@@ -223,15 +219,15 @@ def check(a):
     """What no checkpoint is needed to judge. Raises Bad."""
     if not (a.img or a.video) and a.prompt is None:
         raise Bad("nothing to start from: give --img PICTURE (try --img cat.png), --video CLIP or --prompt TEXT")
-    if (a.box or a.mask or a.context) and not a.video:
-        raise Bad("--box, --mask, --context: they tell what of a clip is given; name it with --video")
+    if (a.box or a.context) and not a.video:
+        raise Bad("--box, --context: they tell what of a clip is given; name it with --video")
     check_out(a.out or Path("out/x.gif"))
 
 
 def later_prompts(a, first, frames, stride, config):
     """--then as `generate` takes it: {latent frame: captions}. first: the first generated pixel frame. Raises Bad."""
-    if a.then and (a.no_cache or a.box or a.mask or not config.cuts):
-        raise Bad("--then: it needs the cache of a causal next-frame model; leave out --no-cache, --box and --mask")
+    if a.then and (a.no_cache or a.box or not config.cuts):
+        raise Bad("--then: it needs the cache of a causal next-frame model; leave out --no-cache and --box")
     then = {-(-int(frame) // stride): [prompt] * a.n for frame, prompt in a.then if frame.isdecimal()}
     if len(then) < len(a.then) or not all(first <= stride * t < frames for t in then):
         named = " ".join(frame for frame, _ in a.then)
@@ -244,11 +240,11 @@ def main():
     a = options_parser().parse_args()
     check(a)
     model, tokenizer, _, sampling, frames, size, autocast = open_model(a)
-    device, stride, edit = next(model.parameters()).device, tokenizer.stride[0], a.box or a.mask
+    device, stride = next(model.parameters()).device, tokenizer.stride[0]
     latent_frames = 1 + (frames - 1) // stride
-    n_given = latent_frames if edit else 1 if a.img else a.context or 2 if a.video else 0
+    n_given = latent_frames if a.box else 1 if a.img else a.context or 2 if a.video else 0
     first = 1 + stride * (n_given - 1)  # the first pixel frame that is generated
-    if n_given >= latent_frames and not edit:
+    if n_given >= latent_frames and not a.box:
         raise Bad(f"--frames {frames}: {first} are given already; ask for {first + stride} or more")
     source = find(a.img or a.video or Path("clip")).resolve()  # "." has a name, too
     prompt = a.prompt if a.prompt is not None else caption_of(source)
@@ -256,10 +252,9 @@ def main():
     out = a.out or Path(f"out/{source.stem}.gif")
     paths = [out if a.n == 1 else out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(a.n)]
     strip, watched = out.with_name(f"{out.stem}-strip.png"), out.with_name(f"{out.stem}-watch.gif")
-    for path in (find(p).resolve() for p in (a.img, a.video, a.mask) if p):
-        if {path, *path.parents} & {p.resolve() for p in (*paths, strip, watched)}:
-            raise Bad(f"{path}: what is read would be overwritten; name another place with --out")
-    keep = kept_tokens(a, size, tokenizer.stride).to(device) if edit else None
+    if source in {path.resolve() for path in (*paths, strip, watched)}:
+        raise Bad(f"{source}: what is read would be overwritten; name another place with --out")
+    keep = kept_tokens(a.box, size, tokenizer.stride).to(device) if a.box else None
     then = later_prompts(a, first, frames, stride, model.config)
 
     def watch(*step):
@@ -281,7 +276,7 @@ def main():
     write_strip(strip, clips, stride)
     if steps:
         write_video(watched, steps, 3)
-    each = seconds / (latent_frames - (0 if edit else n_given))
+    each = seconds / (latent_frames - (0 if a.box else n_given))
     print(f"wrote {', '.join(map(str, paths + [watched] * a.watch))} and {strip}: "
           f"{seconds:.1f} s, {each:.2f} s per latent frame ({device})")
 

@@ -1,4 +1,4 @@
-"""The training loop, top to bottom: options, devices and ranks, data, model, optimiser, loop.
+"""The training loop, top to bottom: options, devices and ranks, tokenizer, model, optimiser, loop.
 
     python train.py --frames 5,13,25                                         the curriculum, from nothing
     python train.py --frames 49 --size 128x128 --tokenizer data/tokenizer-8x16x16.pt --init out/videomar.pt --out high
@@ -149,8 +149,24 @@ def get_batch(a, source, config, stride, stage, t, step, part):
     return source.batch(seeds, frames, a.size, length=a.frames[stage], change_until=change_until)
 
 
+def make_tokenizer(a, source, checkpoint, device):
+    """The tokenizer of the run; checks that it and the source have what each stage needs. Raises Bad."""
+    packed, owner = (source.packed, a.data) if source.packed else (checkpoint.get("tokenizer"), a.init)
+    tokenizer = open_tokenizer(a.tokenizer, packed, device, owner)
+    if a.resume or source.packed:  # while --init may go on to other tokens
+        check_tokens(tokenizer, packed, owner)
+    for frames in a.frames:
+        check_size(tokenizer.stride, frames, *a.size)
+        if frames <= tokenizer.stride[0]:
+            raise Bad(f"--frames {frames}: {1 + tokenizer.stride[0]} are needed at least, for one latent frame more")
+    source.held_out(1, max(a.frames), a.size)  # raises Bad now if no clip is long enough for the last stage
+    if not tokenizer.measured:
+        tokenizer.measure(to_float(source.batch(range(16), a.frames[-1], a.size)[0].to(device)))
+    return tokenizer
+
+
 def make_model(a, checkpoint, channels, device, dtype):
-    """The model of the checkpoint, or a new one -> model, its averaged weights, and the model to call. Raises Bad."""
+    """The model of the checkpoint, or a new one, the same on all ranks -> model, its averaged weights. Raises Bad."""
     torch.manual_seed(a.seed)
     ablations = {name: getattr(a, name) for name in ABLATIONS if getattr(a, name)}
     if checkpoint:
@@ -168,9 +184,7 @@ def make_model(a, checkpoint, channels, device, dtype):
         torch._dynamo.config.recompile_limit = 64  # a graph for every frame t
         for module in (*model.blocks, model.diffusion_mlp):
             module.compile()
-    if dist.is_initialized():
-        return model, ema, nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    return model, ema, model
+    return model, ema
 
 
 def make_optimisers(model, name, lr, fused):
@@ -232,20 +246,9 @@ def main():
     device, dtype, autocast = choose_hardware(a)
     rank, world_size = start_ranks(device)
 
-    # ------------------------------------------------------------------------------------------------------- data
-    tokenizer = open_tokenizer(a.tokenizer, checkpoint.get("tokenizer", source.packed), device, a.init or a.data)
-    check_tokens(tokenizer, checkpoint["tokenizer"] if a.resume else source.packed, a.init if a.resume else a.data)
-    stride = tokenizer.stride[0]
-    for frames in a.frames:
-        check_size(tokenizer.stride, frames, *a.size)
-        if frames <= stride:
-            raise Bad(f"--frames {frames}: at least {1 + stride} are needed, the given picture and one latent frame")
-    source.held_out(1, max(a.frames), a.size)  # raises Bad now if no clip is long enough for the last stage
-    if not tokenizer.measured:
-        tokenizer.measure(to_float(source.batch(range(16), a.frames[-1], a.size)[0].to(device)))
-
-    # ------------------------------------------------------------------------------------------- model, optimiser
-    model, ema, learner = make_model(a, checkpoint, tokenizer.channels, device, dtype)
+    # ------------------------------------------------------------------------------ tokenizer, model, optimiser
+    tokenizer = make_tokenizer(a, source, checkpoint, device)
+    model, ema = make_model(a, checkpoint, tokenizer.channels, device, dtype)
     optimisers = make_optimisers(model, a.optimiser, a.lr, device.type in ("cuda", "cpu"))
     step, total = 0, sum(a.steps)
     if a.resume:
@@ -257,9 +260,9 @@ def main():
     sampling = Sampling(**{**source.sampling, **PRESETS[a.preset]["sampling"]})
 
     # ------------------------------------------------------------------------------------------------------- loop
-    stop = []
+    signals, stop = [], False
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *args: stop.append(args))
+        signal.signal(number, lambda *args: signals.append(args))
     if rank == 0:
         held = lock(a.out)
         if not a.resume and (a.out / "ckpt.pt").exists():
@@ -270,6 +273,7 @@ def main():
         print(f"model      {a.preset}, {sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dtype}")
         print(f"data       {source.about}, {a.size[0]}x{a.size[1]}, batches of {a.batch} in {a.parts} parts")
         print(f"stages     frames {a.frames}, steps {a.steps}; checkpoints and film strips in {a.out}", flush=True)
+    stride = tokenizer.stride[0]
     schedule = make_schedule(a, stride)
 
     def load_parts(step):
@@ -284,7 +288,7 @@ def main():
         for optimiser, factor in zip(optimisers, (1, MUON)):
             for group in optimiser.param_groups:
                 group["lr"] = factor * get_lr(a, step)
-        loss = 0.0
+        loss = torch.zeros((), device=device)
         for i, (clips, captions) in enumerate(batch):
             torch.manual_seed(mix_seed(a.seed, step * 2**10 + rank + world_size * i))  # all draws of this part
             with autocast:
@@ -294,10 +298,16 @@ def main():
                     # a minimal mean loss of s / (1 + s), steepest near 0: without the noise, ever finer backgrounds
                     # would pay more than sprites in the right place.
                     latents = latents + a.noise * torch.randn_like(latents)
-                part_loss = learner(latents, captions, t) / len(batch)
+                part_loss = model(latents, captions, t) / a.parts
             part_loss.backward()
             loss += part_loss.detach()
-        if not nn.utils.clip_grad_norm_(model.parameters(), CLIP).isfinite():  # the same on every rank
+        stop = len(signals)
+        if world_size > 1:  # sums over all ranks: all have the same gradients, and stop after the same step
+            stops = torch.tensor(stop, device=device)
+            for tensor in (stops, loss, *(p.grad for p in model.parameters())):
+                dist.all_reduce(tensor)
+            stop = stops.item()
+        if not nn.utils.clip_grad_norm_(model.parameters(), CLIP).isfinite():
             raise Bad(f"step {step + 1}: the gradients are not finite; give --resume, and --lr {a.lr / 2:g} or lower")
         for optimiser in optimisers:
             optimiser.step()
@@ -306,26 +316,21 @@ def main():
         with torch.no_grad():  # at the start the average spans the last thirtieth of the steps so far
             for average, weight in zip(ema.parameters(), model.parameters()):
                 average.lerp_(weight, 1 - min(EMA, 1 - 30 / (step + 30)))
-        if world_size > 1:  # all ranks stop after the same step
-            stops = torch.tensor(len(stop), device=device)
-            dist.all_reduce(stops)
-            stop = [True] * stops.item()
-        ends = step == sum(a.steps[:stage + 1])
         if rank == 0:
+            ends = step == sum(a.steps[:stage + 1])
             seconds, rate = time.time() - start, a.parts * latents[..., 0].numel() / (time.time() - tick)
             row = step, stage + 1, t, f"{loss.item():.5f}", f"{get_lr(a, step - 1):.3g}", f"{seconds:.1f}"
             print(*row, sep=",", file=log)
             bar.set_postfix(stage=stage + 1, loss=f"{loss.item():.3f}", tok_s=f"{rate:.0f}", refresh=False)
             bar.update()
-        if ends and rank == 0:
-            with autocast:
-                score, path = estimate_psnr(a, stage, ema, sampling, tokenizer, source, device)
-            bar.write(f"stage {stage + 1} done after {seconds / 60:.1f} min: {score:.2f} dB on 4 clips, see {path}")
-        if rank == 0 and (ends or stop or step % a.save_every == 0):
-            save_checkpoints(a, step, model, ema, optimisers, tokenizer, sampling, source)
+            if ends:
+                with autocast:
+                    score, path = estimate_psnr(a, stage, ema, sampling, tokenizer, source, device)
+                bar.write(f"stage {stage + 1} done after {seconds / 60:.1f} min: {score:.2f} dB on 4 clips, see {path}")
+            if ends or stop or step % a.save_every == 0:
+                save_checkpoints(a, step, model, ema, optimisers, tokenizer, sampling, source)
     bar.close()
     if world_size > 1:
-        del learner  # it holds the group, whose end waits for a thread that may wait for Python's lock
         dist.destroy_process_group()
     if rank == 0:
         if source.skipped:

@@ -47,10 +47,10 @@ class Latents(Source):
 
     def __init__(self, folder):
         content = load(folder / "latents.pt", "latents")
-        settings, self.packed = content.get("settings", {"shards": -1}), content["tokenizer"]
+        settings, self.packed = content.get("settings", {}), content["tokenizer"]
         shards = [load(file, "shard", mmap=True) for file in sorted(folder.glob("shard-*.pt"))]
-        if len(shards) != settings["shards"]:
-            raise Bad(f"--data {folder}: {len(shards)} of {settings['shards']} shards are there; "
+        if len(shards) != settings.get("shards"):
+            raise Bad(f"--data {folder}: {len(shards)} of {settings.get('shards')} shards are there; "
                       "run tokenizer.py --encode again")
         self.clips = [(shard, row) for shard in shards for row in range(len(shard["captions"]))]
         self.size, self.frames, self.stride = settings["size"], settings["frames"], self.packed["stride"]

@@ -3,13 +3,10 @@
 One or two sprites on a soft gradient. Each sprite moves and bounces, grows, shrinks, spins or stays still, at fixed
 rates, so that the first picture and the caption determine every later frame. Lengths are in units of the short side.
 
-    python data/world.py            writes four clips as GIF + .txt into out/world
+    python -m data.world            writes four clips as GIF + .txt into out/world
 """
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # for this file as a script
 
 import numpy as np
 

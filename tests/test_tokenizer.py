@@ -1,4 +1,7 @@
 """The tokenizer and the drawn world."""
+import os
+import subprocess
+import sys
 import zlib
 from dataclasses import replace
 
@@ -423,7 +426,8 @@ def test_edges_are_anti_aliased():
 
 
 def test_the_files_of_the_world(folder):
-    done = script("data/world.py")
+    command = [sys.executable, "-m", "data.world"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for seed in range(4):
         gif = Image.open(folder / f"out/world/{seed}.gif")
