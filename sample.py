@@ -108,7 +108,7 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
 def load_checkpoint(path):
     """A file of train.py as a dict. Raises Bad."""
     checkpoint = load(path, "videomar")
-    if checkpoint.get("format") != FORMAT or "tokenizer" not in checkpoint:
+    if checkpoint.get("format") != FORMAT or not {"tokenizer", "options"} <= checkpoint.keys():
         raise Bad(f"{path}: a checkpoint of another version of this code; train one with train.py")
     return checkpoint
 
@@ -246,7 +246,7 @@ def main():
     first = 1 + stride * (n_given - 1)  # the first pixel frame that is generated
     if n_given >= latent_frames and not a.box:
         raise Bad(f"--frames {frames}: {first} are given already; ask for {first + stride} or more")
-    source = find(a.img or a.video or Path("clip")).resolve()  # "." has a name, too
+    source = find(a.img or a.video or Path("clip")).resolve()
     prompt = a.prompt if a.prompt is not None else caption_of(source)
     print(f"prompt: {prompt[:200]!r}" + (f" (beside {relpath(source)})" if prompt and a.prompt is None else ""))
     out = a.out or Path(f"out/{source.stem}.gif")

@@ -353,7 +353,7 @@ def main():
         tokenizer = Tokenizer(a.stride or (4, 8, 8), width=a.width or 192).to(device)
     _, p, q = tokenizer.stride
     if p != q or p < 2 or p & (p - 1):
-        raise Bad(f"--stride {'x'.join(map(str, a.stride))}: rows and columns must be equal, and 2, 4, 8, 16 or so on")
+        raise Bad(f"--stride: rows and columns must be equal, and 2, 4, 8, 16 or so on, not {p} and {q}")
     part = tokenizer.decoder if a.tokenizer else tokenizer  # what is trained
     matrices = [p for p in part.parameters() if p.dim() == 2]
     vectors = [p for p in part.parameters() if p.dim() < 2]

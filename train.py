@@ -47,8 +47,8 @@ def options_parser():
     add("--size", type=sizes("64x64"), help="HEIGHTxWIDTH in pixels (that of latents or of --init, else by the preset)")
     add("--data", type=Path, help="folder of clips, or of latents written by tokenizer.py --encode (the drawn world)")
     add("--fps", type=number(float, 0.01, 1000), help="pictures a second to take from the clips in --data (all)")
-    add("--tokenizer", type=Path, help="file that holds one of ours, or folder of a Cosmos-Tokenizer (that of --init "
-                                       "or of latents, else the one that ships)")
+    add("--tokenizer", type=Path, help="file that holds one of ours, or folder of a Cosmos-Tokenizer (that of "
+                                       "latents or of --init, else the one that ships)")
     add("--text", help="folder or name of a text encoder for transformers, such as Qwen/Qwen2-1.5B (learned words)")
     start.add_argument("--init", type=Path, help="start from the weights of this checkpoint (from nothing)")
     start.add_argument("--resume", action="store_true", help="go on exactly where the run in --out stopped (off)")
@@ -90,7 +90,8 @@ def read_options(argv=None):
     kept = checkpoint.get("options")
     if a.resume:
         if "optimisers" not in checkpoint:
-            raise Bad(f"--resume: {a.init} holds no optimiser's state; start anew with --init {a.init}")
+            reason = "is for sampling alone, or of another version"
+            raise Bad(f"--resume: {a.init} {reason}; start anew with --init {a.init}")
         fill(kept)
         for name, value in kept.items():
             if getattr(a, name, value) != value and name not in FREE:
@@ -101,7 +102,7 @@ def read_options(argv=None):
         raise Bad(f"--resume: --data {a.data} holds other clips than before; give it those, or start anew with --init")
     fill(source.fixed)
     if a.init:
-        fill({name: kept[name] for name in ("preset", "size", "text")})
+        fill({name: kept[name] for name in ("preset", "size")})
     fill({"preset": "toy", "parts": ranks()[1], "seed": 0, "save_every": 500})
     fill(PRESETS[a.preset]["training"])
     fill(source.training)
@@ -257,12 +258,16 @@ def main():
         for optimiser, state in zip(optimisers, checkpoint["optimisers"]):
             optimiser.load_state_dict(state)
     del checkpoint  # it may be large
+    if world_size > 1:
+        for tensor in (*model.parameters(), *ema.parameters()):
+            dist.broadcast(tensor.data, 0)  # other CPUs round other first weights
+        dist.barrier()  # all ranks have read their files, before one of them is renamed
     sampling = Sampling(**{**source.sampling, **PRESETS[a.preset]["sampling"]})
 
     # ------------------------------------------------------------------------------------------------------- loop
     signals, stop = [], False
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *args: signals.append(args))
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, lambda *args: signals.append(args))
     if rank == 0:
         held = lock(a.out)
         if not a.resume and (a.out / "ckpt.pt").exists():
@@ -331,6 +336,7 @@ def main():
                 save_checkpoints(a, step, model, ema, optimisers, tokenizer, sampling, source)
     bar.close()
     if world_size > 1:
+        dist.barrier()  # torchrun ends all ranks soon after the first one that stops
         dist.destroy_process_group()
     if rank == 0:
         if source.skipped:

@@ -112,7 +112,7 @@ def save(content, path):
 def load(path, *kinds, mmap=False):
     """A file of ours as a dict of tensors and plain values, in which nothing is ever executed. Raises Bad.
 
-    mmap: tensors are read from the file when they are used, and not checked before.
+    mmap: tensors are read from the file when they are used.
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's, about files that are refused anyway

@@ -37,9 +37,10 @@ def write_latents(source, out, tokenizer, frames, size, device, each=256):
         for i in range(len(source.clips))[shard * each:(shard + 1) * each]:
             if clip := source.read(i, frames, size, 0.5):
                 video = to_float(torch.from_numpy(clip[0])[None].to(device))
-                latents.append(tokenizer.encode(video)[0].half().cpu().numpy())
+                latents.append(tokenizer.encode(video)[0].half().cpu())
                 captions.append(clip[1])
-        save({"kind": "shard", "latents": torch.from_numpy(np.array(latents)), "captions": captions}, files[shard])
+        stacked = torch.stack(latents) if latents else torch.empty(0)
+        save({"kind": "shard", "latents": stacked, "captions": captions}, files[shard])
 
 
 class Latents(Source):
@@ -47,12 +48,17 @@ class Latents(Source):
 
     def __init__(self, folder):
         content = load(folder / "latents.pt", "latents")
-        settings, self.packed = content.get("settings", {}), content["tokenizer"]
-        shards = [load(file, "shard", mmap=True) for file in sorted(folder.glob("shard-*.pt"))]
-        if len(shards) != settings.get("shards"):
-            raise Bad(f"--data {folder}: {len(shards)} of {settings.get('shards')} shards are there; "
-                      "run tokenizer.py --encode again")
+        if "settings" not in content:
+            raise Bad(f"{folder}: latents of another version of this code; encode the clips into another folder")
+        settings, self.packed = content["settings"], content["tokenizer"]
+        try:
+            shards = [load(file, "shard", mmap=True) for file in sorted(folder.glob("shard-*.pt"))]
+        except Bad as e:
+            raise Bad(f"{e}; remove it, and run tokenizer.py --encode again") from None
         self.clips = [(shard, row) for shard in shards for row in range(len(shard["captions"]))]
+        if len(shards) != settings["shards"] or not self.clips:
+            raise Bad(f"{folder}: {len(self.clips)} clips in {len(shards)} shards, of which there should be "
+                      f"{settings['shards']}; run tokenizer.py --encode again")
         self.size, self.frames, self.stride = settings["size"], settings["frames"], self.packed["stride"]
         self.fixed, self.files = {"size": self.size}, [settings["files"], settings["crc"]]
         self.about = f"{folder}: {len(self.clips)} clips of latents, {self.frames} frames {self.size[0]}x{self.size[1]}"

@@ -1,4 +1,4 @@
-"""Pictures and clips as files: reading them, writing them, and a folder of them to train on.
+"""Pictures and clips as files: reading them, writing them, and a folder of clips to train on.
 
 Pillow reads what it can; .mp4, .webm, .mov and .mkv go through av (pip install av).
 """
@@ -8,7 +8,6 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ def find(path):
 
 def caption_of(path):
     """The text in NAME.txt beside a picture or clip NAME, "" without such a file."""
-    note = path.with_suffix(".txt")
+    note = path.parent / f"{path.stem}.txt"
     return note.read_text("utf-8-sig", "replace").strip() if note.is_file() else ""
 
 
@@ -81,7 +80,7 @@ def pictures(path, frames, fps, place, length):
         raise Bad(f"{path}: {count} frames, {length} are needed; give a longer one, or fewer --frames or --context")
     if fps:  # what is on the screen at these moments
         moments = place * max(0, seconds - length / fps) + np.arange(frames) / fps
-        chosen = np.searchsorted(times, moments + 1e-6, side="right") - 1
+        chosen = np.searchsorted(times, moments + 6e-4, side="right") - 1  # files count in ms
     else:
         chosen = round(place * (count - length)) + np.arange(frames)
     if path.suffix.lower() in VIDEOS:

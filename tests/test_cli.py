@@ -21,7 +21,7 @@ import sample
 import tokenizer
 import train
 import videomar
-from data import files, world
+from data import world
 from data.files import DATA
 from data.video import enlarge, read_clip, to_float, write_video
 

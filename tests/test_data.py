@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, script, tiny_tokenizer
-from PIL import Image
 from test_cli import call
 from test_train import params, run_train, same
 
@@ -105,6 +104,9 @@ def test_frame_rate_and_crop(folder):
     assert read_clip(folder / "a.webp", (10, 10), 4, fps=5, place=1.0)[:, 5, 5, 0].tolist() == [120, 140, 160, 180]
     write_video(folder / "b.webp", video, 30)  # the rate is the file's
     assert read_clip(folder / "b.webp", (10, 10), 4, fps=10)[:, 5, 5, 0].tolist() == [0, 30, 60, 90]
+    moving = world.clip(3, 25, *SIZE)[0]
+    write_video(folder / "d.webp", moving, 12)
+    assert np.array_equal(read_clip(folder / "d.webp", SIZE, 25, fps=12), moving)
     still = np.repeat(video[:3], [3, 4, 2], 0)  # pictures that are equal are joined in the file
     write_video(folder / "c.webp", still, 12)  # which counts in whole milliseconds
     assert np.array_equal(read_clip(folder / "c.webp", (30, 20), 9, fps=12), still)
@@ -352,7 +354,7 @@ def test_latents_once(folder, monkeypatch, tiny_files, capsys):
     assert [len(shard["latents"]) for shard in shards] == [2, 3, 3]
     encode(folder / "clips", folder / "parts", net, 9, SIZE, each=3)
     os.remove(folder / "parts/shard-00001.pt")  # killed before this shard was whole
-    with pytest.raises(Bad, match="2 of 3 shards are there; run tokenizer.py --encode again"):
+    with pytest.raises(Bad, match="5 clips in 2 shards, of which there should be 3; run tokenizer.py --encode again"):
         open_source(folder / "parts")
     before = os.stat(folder / "parts/shard-00000.pt").st_mtime_ns
     encode(folder / "clips", folder / "parts", net, 9, SIZE, each=3)
@@ -418,11 +420,14 @@ def test_latents_of_other_clips_are_not_mixed(folder, monkeypatch):
         encode(folder / "clips", folder / "latents", tiny_tokenizer(), 9, SIZE)
     assert sorted((p.name, p.stat().st_mtime_ns) for p in (folder / "latents").iterdir()) == before
     (folder / "latents/shard-00000.pt").write_bytes(b"half")
-    with pytest.raises(Bad, match="shard-00000.pt: .*damaged"):
+    with pytest.raises(Bad, match="shard-00000.pt: .*damaged.*remove it, and run tokenizer.py --encode again"):
         open_source(folder / "latents")
     os.remove("latents/shard-00000.pt")
-    with pytest.raises(Bad, match="0 of 1 shards are there"):
+    with pytest.raises(Bad, match="0 clips in 0 shards, of which there should be 1"):
         open_source(folder / "latents")
+    save({"kind": "latents", "tokenizer": tiny_tokenizer().pack()}, folder / "old/latents.pt")
+    with pytest.raises(Bad, match="old: latents of another version"):
+        open_source(folder / "old")
 
 
 def test_encode_from_the_command_line(folder, tiny_files):

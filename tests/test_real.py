@@ -5,7 +5,6 @@ import signal
 import sys
 from typing import Final
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,6 @@ from test_cli import call
 from test_train import run_train
 from torch import nn
 
-import tokenizer
 import train
 from data import world
 from data.files import Bad

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, script, tiny_tokenizer
+from conftest import ROOT, tiny_tokenizer
 from PIL import Image
 from test_cli import call
 from torch import nn
