@@ -106,7 +106,8 @@ def test_frame_rate_and_crop(folder):
     assert read_clip(folder / "b.webp", (10, 10), 4, fps=10)[:, 5, 5, 0].tolist() == [0, 30, 60, 90]
     moving = world.clip(3, 25, *SIZE)[0]
     write_video(folder / "d.webp", moving, 12)
-    assert np.array_equal(read_clip(folder / "d.webp", SIZE, 25, fps=12), moving)
+    for place in (0.0, 1.0):  # 2.075 s, where 25 pictures take 2.083
+        assert np.array_equal(read_clip(folder / "d.webp", SIZE, 25, fps=12, place=place), moving)
     still = np.repeat(video[:3], [3, 4, 2], 0)  # pictures that are equal are joined in the file
     write_video(folder / "c.webp", still, 12)  # which counts in whole milliseconds
     assert np.array_equal(read_clip(folder / "c.webp", (30, 20), 9, fps=12), still)
@@ -424,6 +425,9 @@ def test_latents_of_other_clips_are_not_mixed(folder, monkeypatch):
         open_source(folder / "latents")
     os.remove("latents/shard-00000.pt")
     with pytest.raises(Bad, match="0 clips in 0 shards, of which there should be 1"):
+        open_source(folder / "latents")
+    save({"kind": "shard", "latents": torch.empty(0), "captions": []}, folder / "latents/shard-00000.pt")
+    with pytest.raises(Bad, match="0 clips in 1 shards"):
         open_source(folder / "latents")
     save({"kind": "latents", "tokenizer": tiny_tokenizer().pack()}, folder / "old/latents.pt")
     with pytest.raises(Bad, match="old: latents of another version"):

@@ -507,18 +507,28 @@ def test_two_ranks_give_the_file_of_one_process(folder, tiny_files):
     assert odd.returncode != 0 and "--parts 2 on 3 ranks: each must be a multiple of the next" in odd.stderr
 
 
-def test_a_rank_that_dies_ends_the_run_and_is_named(folder, tiny_files):
-    (folder / "dies.py").write_text(SMALL.replace("train.run(train.main)", """
-import os, signal
-get_batch = train.get_batch
-def die(a, source, config, stride, stage, t, step, part):
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+def test_a_rank_that_is_killed_or_stopped_ends_the_run(folder, tiny_files, name):
+    """Killed, it is named; stopped, all ranks stop after the same step, and wait until rank 0 has saved."""
+    (folder / "ends.py").write_text(SMALL.replace("train.run(train.main)", f"""
+import os, signal, time
+get_batch, save = train.get_batch, train.save
+def end(a, source, config, stride, stage, t, step, part):
     if step == 1 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.{name})
     return get_batch(a, source, config, stride, stage, t, step, part)
-train.get_batch = die
+def slowly(*args):
+    time.sleep(1)
+    save(*args)
+train.get_batch, train.save = end, slowly
 train.run(train.main)"""))
-    done = spawn("dies.py", *SHORT, "--steps", 9, "--tokenizer", tiny_files / "tokenizer.pt", ranks=2, timeout=90)
-    assert done.returncode != 0 and "rank      : 1" in done.stderr and "Signal 9" in done.stderr, done.stderr[-2000:]
+    done = spawn("ends.py", *SHORT, "--steps", 9, "--tokenizer", tiny_files / "tokenizer.pt", ranks=2, timeout=90)
+    assert done.returncode != 0
+    if name == "SIGKILL":
+        assert "rank      : 1" in done.stderr and "Signal 9" in done.stderr, done.stderr[-2000:]
+    else:
+        assert "stopped after step 2; go on with" in done.stdout, done.stderr[-2000:]
+        assert checkpoint("out/videomar.pt")["step"] == 2
 
 
 # ------------------------------------------------------------------------------------- from one stage to the next
