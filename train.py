@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "10000")  # the CPU's kernels are made for each shape
@@ -150,6 +151,13 @@ def get_batch(a, source, config, stride, stage, t, step, part):
     return source.batch(seeds, frames, a.size, length=a.frames[stage], change_until=change_until)
 
 
+def load_parts(a, source, config, stride, place):
+    """The parts of a step that this rank computes. place: number of the step, its stage, its t."""
+    step, stage, t = place
+    rank, world_size = ranks()
+    return [get_batch(a, source, config, stride, stage, t, step, part) for part in range(rank, a.parts, world_size)]
+
+
 def make_tokenizer(a, source, checkpoint, device):
     """The tokenizer of the run; checks that it and the source have what each stage needs. Raises Bad."""
     packed, owner = (source.packed, a.data) if source.packed else (checkpoint.get("tokenizer"), a.init)
@@ -227,7 +235,7 @@ def save_checkpoints(a, step, model, ema, optimisers, tokenizer, sampling, sourc
              "size": a.size, "data": source.about, "files": source.files, "options": options}
     averaged, states = ema.state_dict(), [optimiser.state_dict() for optimiser in optimisers]
     save({**about, "ema": averaged, "model": model.state_dict(), "optimisers": states}, a.out / "ckpt.pt")
-    save({**about, "ema": {name: value.half() for name, value in averaged.items()}}, a.out / "videomar.pt")
+    save({**about, "ema": {name: value.half().cpu() for name, value in averaged.items()}}, a.out / "videomar.pt")
 
 
 def start_ranks(device):
@@ -281,12 +289,11 @@ def main():
     stride = tokenizer.stride[0]
     schedule = make_schedule(a, stride)
 
-    def load_parts(step):
-        parts = range(rank, a.parts, world_size)
-        return [get_batch(a, source, model.config, stride, *schedule[step], step, part) for part in parts]
-
-    # On a CPU the cores are busy: a step took a fifth longer with the drawing beside it.
-    batches = read_ahead(load_parts, range(step, total), 0 if device.type == "cpu" and not a.data else 4)
+    places = [(n, *schedule[n]) for n in range(step, total)]
+    workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if device.type == "cpu" and not a.data:
+        workers = 0  # the cores are busy: a step took a fifth longer with the drawing beside it
+    batches = read_ahead(partial(load_parts, a, source, model.config, stride), places, workers, source.processes)
     start, bar = time.time(), tqdm(total=total, initial=step, disable=rank > 0, smoothing=0.05, mininterval=1)
     while step < total and not stop:
         tick, (stage, t), batch = time.time(), schedule[step], next(batches)
@@ -312,8 +319,7 @@ def main():
             for tensor in (stops, loss, *(p.grad for p in model.parameters())):
                 dist.all_reduce(tensor)
             stop = stops.item()
-        if not nn.utils.clip_grad_norm_(model.parameters(), CLIP).isfinite():
-            raise Bad(f"step {step + 1}: the gradients are not finite; give --resume, and --lr {a.lr / 2:g} or lower")
+        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         for optimiser in optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
@@ -321,6 +327,8 @@ def main():
         with torch.no_grad():  # at the start the average spans the last thirtieth of the steps so far
             for average, weight in zip(ema.parameters(), model.parameters()):
                 average.lerp_(weight, 1 - min(EMA, 1 - 30 / (step + 30)))
+        if not norm.isfinite():  # read last, since a GPU stands still while its results are waited for
+            raise Bad(f"step {step}: the gradients are not finite; give --resume, and --lr {a.lr / 2:g} or lower")
         if rank == 0:
             ends = step == sum(a.steps[:stage + 1])
             seconds, rate = time.time() - start, a.parts * latents[..., 0].numel() / (time.time() - tick)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, ImageSequence
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data.files import DATA, Bad, check_writable, need, write
@@ -130,9 +131,10 @@ class Source:
     draw(seed, frames, size, length, change_until) -> the first `frames` of a clip that has `length` pixel frames, and
     its caption: a function of the seed. about: a line for the log; files: what tells on --resume that they
     are the same; skipped: what could not be used. sampling, training: defaults of train.py for this source.
+    processes: what `read_ahead` is told.
     """
 
-    about, files, skipped = "", None, {}
+    about, files, skipped, processes = "", None, {}, False
     packed, fixed = None, {}  # of latents: their tokenizer, and options that follow from them
     sampling, training = {}, {"noise": 0.0, "frame0": 0.0}
 
@@ -197,14 +199,27 @@ class Folder(Source):
         raise Bad(f"{self.folder}: none of its {len(self.clips)} clips can be used; see the warnings")
 
 
-def read_ahead(function, items, threads):
-    """Yields function(item) for each item in order, while threads compute the next ones; with none just in turn."""
-    items = iter(items)
-    if not threads:
-        yield from map(function, items)
+class Calls(Dataset):
+    """A function as PyTorch's loader wants it: item i is function(i)."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __getitem__(self, i):
+        return self.function(i)
+
+
+def read_ahead(function, items, workers, processes=False):
+    """Yields function(item) for each item in order, while workers compute the next ones; with none just in turn.
+
+    workers: how many threads. Reading files leaves time to the others; drawing does not, and takes processes.
+    """
+    if processes or not workers:
+        yield from DataLoader(Calls(function), None, sampler=items, num_workers=workers)
         return
-    with ThreadPoolExecutor(threads) as pool:
-        ahead = [pool.submit(function, item) for _, item in zip(range(threads), items)]
+    items = iter(items)
+    with ThreadPoolExecutor(workers) as pool:
+        ahead = [pool.submit(function, item) for _, item in zip(range(workers), items)]
         while ahead:
             result = ahead.pop(0).result()
             ahead += [pool.submit(function, item) for _, item in zip(range(1), items)]

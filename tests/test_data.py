@@ -276,6 +276,20 @@ def test_reading_ahead_changes_nothing_but_the_time():
         next(failing)
 
 
+def test_processes_draw_the_same_clips_side_by_side():
+    """Each takes one thread of PyTorch: a fork of more than that hangs in the first large product."""
+    def draw(seed):
+        clips, captions = world.World().batch(range(seed, seed + 2), 5, (64, 64))
+        return clips.float() @ torch.ones(3, 3), captions, os.getpid(), time.sleep(0.2)
+
+    torch.ones(512, 512) @ torch.ones(512, 512)  # the threads of this process have begun
+    drawn = [draw(seed) for seed in range(6)]
+    ahead = list(read_ahead(draw, range(6), 2, processes=True))
+    assert [len({pids for *_, pids, _ in results}) for results in (drawn, ahead)] == [1, 2]
+    for (clips, captions, *_), (clips2, captions2, *_) in zip(drawn, ahead, strict=True):
+        assert (clips == clips2).all() and captions == captions2
+
+
 def test_training_on_clips_is_exact_for_any_threads_and_resumes(folder, monkeypatch, tiny_files, capsys):
     fill(folder / "clips")
     args = ["--data", "clips", "--size", "16x24", "--frames", "5,9", "--batch", 2, "--dtype", "float32",
@@ -283,7 +297,7 @@ def test_training_on_clips_is_exact_for_any_threads_and_resumes(folder, monkeypa
     assert run_train(monkeypatch, *args, "--out", "a") == 0
     assert "clips: 4 clips, 4 captions" in capsys.readouterr().out
     with monkeypatch.context() as m:
-        m.setattr("train.read_ahead", lambda function, items, threads: map(function, items))
+        m.setattr("train.read_ahead", lambda function, items, *options: map(function, items))
         assert run_train(m, *args, "--out", "b") == 0
     assert same(params("a/ckpt.pt"), params("b/ckpt.pt"))
     (folder / "elsewhere").mkdir()
