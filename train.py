@@ -1,7 +1,7 @@
 """The training loop, top to bottom: options, devices and ranks, tokenizer, model, optimiser, loop.
 
     python train.py --frames 5,13,25                                         the curriculum, from nothing
-    python train.py --frames 49 --size 128x128 --tokenizer data/tokenizer-8x16x16.pt --init out/videomar.pt --out high
+    python train.py --frames 49 --size 128x128 --tokenizer data/videomar-128.pt --init out/videomar.pt --out high
                                                                              fine-tunes at a higher resolution (4.2)
     torchrun --standalone --nproc_per_node=2 train.py --frames 5,13,25       on two GPUs
 """

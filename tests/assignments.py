@@ -62,7 +62,7 @@ def blank(source, names):
 
 def copy_code(folder):
     """The code that trains and samples, and what it needs of data/."""
-    unused = shutil.ignore_patterns("__pycache__", "*-strip.png", "demo.webp", "cat.gif", "tokenizer-*.pt")
+    unused = shutil.ignore_patterns("__pycache__", "*-strip.png", "demo.webp", "cat.gif", "videomar-128.pt")
     for name in CODE:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=unused)

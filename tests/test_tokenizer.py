@@ -119,7 +119,7 @@ def test_a_still_clip_has_the_same_tokens_in_every_frame():
 
 @torch.no_grad()
 @pytest.mark.parametrize("name, size, frames, least",
-                         [("videomar.pt", (64, 64), 25, 36.0), ("tokenizer-8x16x16.pt", (128, 128), 49, 32.0)])
+                         [("videomar.pt", (64, 64), 25, 36.0), ("videomar-128.pt", (128, 128), 49, 32.0)])
 def test_shipped_tokenizers(name, size, frames, least):
     tokenizer = open_tokenizer(DATA / name)
     video = to_float(World().batch(range(8), frames, size, held_out=True)[0])
