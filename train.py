@@ -1,7 +1,7 @@
 """The training loop, top to bottom: options, devices and ranks, tokenizer, model, optimiser, loop.
 
     python train.py --frames 5,13,25                                         the curriculum, from nothing
-    python train.py --frames 49 --size 128x128 --tokenizer data/videomar-128.pt --init out/videomar.pt --out high
+    python train.py --frames 49 --size 128x128 --tokenizer data/videomar-128.pt --init out/videomar.pt --out out/high
                                                                              fine-tunes at a higher resolution (4.2)
     torchrun --standalone --nproc_per_node=2 train.py --frames 5,13,25       on two GPUs
 """
@@ -290,7 +290,7 @@ def main():
     schedule = make_schedule(a, stride)
 
     places = [(n, *schedule[n]) for n in range(step, total)]
-    workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    workers = 4 if a.data else min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if device.type == "cpu" and not a.data:
         workers = 0  # the cores are busy: a step took a fifth longer with the drawing beside it
     batches = read_ahead(partial(load_parts, a, source, model.config, stride), places, workers, source.processes)
@@ -343,6 +343,7 @@ def main():
             if ends or stop or step % a.save_every == 0:
                 save_checkpoints(a, step, model, ema, optimisers, tokenizer, sampling, source)
     bar.close()
+    batches.close()  # ends its processes
     if world_size > 1:
         dist.barrier()  # torchrun ends all ranks soon after the first one that stops
         dist.destroy_process_group()

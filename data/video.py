@@ -2,6 +2,7 @@
 
 Pillow reads what it can; .mp4, .webm, .mov and .mkv go through av (pip install av).
 """
+import signal
 import sys
 import warnings
 import zlib
@@ -131,7 +132,7 @@ class Source:
     draw(seed, frames, size, length, change_until) -> the first `frames` of a clip that has `length` pixel frames, and
     its caption: a function of the seed. about: a line for the log; files: what tells on --resume that they
     are the same; skipped: what could not be used. sampling, training: defaults of train.py for this source.
-    processes: what `read_ahead` is told.
+    processes: whether `read_ahead` takes processes.
     """
 
     about, files, skipped, processes = "", None, {}, False
@@ -209,13 +210,21 @@ class Calls(Dataset):
         return self.function(i)
 
 
+def outlast(worker):
+    """Ctrl-C and SIGTERM may reach all processes: the first one ends its step and saves, the others wait so long."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))  # seconds, after which it ends by itself
+
+
 def read_ahead(function, items, workers, processes=False):
     """Yields function(item) for each item in order, while workers compute the next ones; with none just in turn.
 
-    workers: how many threads. Reading files leaves time to the others; drawing does not, and takes processes.
+    workers: how many threads, or processes. Threads do for reading files, which waits; drawing keeps Python busy.
     """
     if processes or not workers:
-        yield from DataLoader(Calls(function), None, sampler=items, num_workers=workers)
+        ahead = 1 if workers else None
+        yield from DataLoader(Calls(function), None, sampler=items, num_workers=workers, prefetch_factor=ahead,
+                              worker_init_fn=outlast)
         return
     items = iter(items)
     with ThreadPoolExecutor(workers) as pool:

@@ -2,6 +2,7 @@
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -276,12 +277,24 @@ def test_reading_ahead_changes_nothing_but_the_time():
         next(failing)
 
 
+def draw(seed):
+    clips, captions = world.World().batch(range(seed, seed + 2), 5, (64, 64))
+    return clips.float() @ torch.ones(3, 3), captions, os.getpid(), time.sleep(0.2)
+
+
+def killed(seed):
+    """A process that both signals do not end."""
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        os.kill(os.getpid(), kind)
+    return seed
+
+
+def test_processes_leave_signals_to_the_first_one():
+    assert list(read_ahead(killed, range(4), 2, processes=True)) == [0, 1, 2, 3]
+
+
 def test_processes_draw_the_same_clips_side_by_side():
     """Each takes one thread of PyTorch: a fork of more than that hangs in the first large product."""
-    def draw(seed):
-        clips, captions = world.World().batch(range(seed, seed + 2), 5, (64, 64))
-        return clips.float() @ torch.ones(3, 3), captions, os.getpid(), time.sleep(0.2)
-
     torch.ones(512, 512) @ torch.ones(512, 512)  # the threads of this process have begun
     drawn = [draw(seed) for seed in range(6)]
     ahead = list(read_ahead(draw, range(6), 2, processes=True))
@@ -297,7 +310,7 @@ def test_training_on_clips_is_exact_for_any_threads_and_resumes(folder, monkeypa
     assert run_train(monkeypatch, *args, "--out", "a") == 0
     assert "clips: 4 clips, 4 captions" in capsys.readouterr().out
     with monkeypatch.context() as m:
-        m.setattr("train.read_ahead", lambda function, items, *options: map(function, items))
+        m.setattr("train.read_ahead", lambda function, items, *options: (function(item) for item in items))
         assert run_train(m, *args, "--out", "b") == 0
     assert same(params("a/ckpt.pt"), params("b/ckpt.pt"))
     (folder / "elsewhere").mkdir()
