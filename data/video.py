@@ -211,9 +211,12 @@ class Calls(Dataset):
 
 
 def outlast(worker):
-    """Ctrl-C and SIGTERM may reach all processes: the first one ends its step and saves, the others wait so long."""
+    """Ctrl-C and SIGTERM may reach all processes. A worker then goes on, for the first one to end its step and save.
+
+    After SIGTERM it ends by itself in 20 seconds.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))  # seconds, after which it ends by itself
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
 
 
 def read_ahead(function, items, workers, processes=False):
@@ -221,9 +224,11 @@ def read_ahead(function, items, workers, processes=False):
 
     workers: how many threads, or processes. Threads do for reading files, which waits; drawing keeps Python busy.
     """
-    if processes or not workers:
-        ahead = 1 if workers else None
-        yield from DataLoader(Calls(function), None, sampler=items, num_workers=workers, prefetch_factor=ahead,
+    if not workers:
+        yield from map(function, items)
+        return
+    if processes:
+        yield from DataLoader(Calls(function), None, sampler=items, num_workers=workers, prefetch_factor=1,
                               worker_init_fn=outlast)
         return
     items = iter(items)
