@@ -290,10 +290,11 @@ def main():
     schedule = make_schedule(a, stride)
 
     places = [(n, *schedule[n]) for n in range(step, total)]
-    workers = 4
-    if source.processes and device.type == "cpu":
+    if not source.processes:
+        workers = 4
+    elif device.type == "cpu":
         workers = 0  # the cores are busy: a step took a fifth longer with the drawing beside it
-    elif source.processes:
+    else:
         workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     batches = read_ahead(partial(load_parts, a, source, model.config, stride), places, workers, source.processes)
     start, bar = time.time(), tqdm(total=total, initial=step, disable=rank > 0, smoothing=0.05, mininterval=1)
