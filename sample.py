@@ -27,8 +27,9 @@ FORMAT = 1  # of checkpoints: another number means that they do not load
 def frame_sampling(sampling, t, n_given):
     """How latent frame t is drawn, if n_given frames are given: its temperature, guidance and unmasking steps.
 
-    Frame 0 follows the text alone (ours). Cold or without guidance it would be the likeliest picture, an empty one; and
-    tokens of one step do not see each other, so that in few steps two sprites begin at once.
+    A frame 0 that is not given (text-to-video, editing) has settings of its own (ours). Cold or without guidance it
+    would be the likeliest picture, an empty one; and tokens of one step do not see each other, so that in few steps two
+    sprites begin at once.
     """
     if t == 0:
         steps, cfg = 10 * sampling.unmask_steps, max(sampling.cfg, 5.0)
@@ -74,7 +75,7 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
     cache = Cache(config, batch * branches, frames * n, device, text[0][0].dtype) if use_cache and causal else None
 
     def hidden(begin, end, chosen):
-        """Runs frames begin to end - 1 -> states of the chosen tokens (batch, count), one branch behind the other."""
+        """Runs frames begin to end - 1, chosen (batch, count) -> states (branches * batch * count, dim)."""
         part, places = slice(begin * n, end * n), (chosen - begin * n).repeat(branches, 1)
         x_part, masked_part = x[:, part].repeat(branches, 1, 1), masked[:, part].repeat(branches, 1)
         return model.hidden(x_part, masked_part, text, grid, begin, cache, places, next_frame).flatten(0, 1)
@@ -82,20 +83,21 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
     # One frame after the other; a model of the total-mask loss fills all of them as one large picture.
     groups = [(t, t + 1) for t in range(n_given, frames)] if next_frame else [(n_given, frames)]
     for begin, end in tqdm(groups, "latent frames", disable=not progress):
-        if cache and cache.length < begin * n:  # given or just finished frames: once more, for keys that stay
+        if cache and cache.length < begin * n:  # given or just finished frames: run whole, without [MASK], and keep
             hidden(cache.length // n, begin, torch.empty(batch, 0, dtype=torch.long, device=device))
             cache.length = begin * n
         if then and begin in then:
             text = model.read_text(then[begin] * branches, null)
-        now = frame_sampling(sampling, begin if next_frame else max(begin, 1), n_given)
+        now = frame_sampling(sampling, begin, n_given) if next_frame else frame_sampling(sampling, 1, 1)
         places = begin * n + (~known[begin * n:end * n]).nonzero()[:, 0]
         order = places[torch.rand(batch, len(places), device=device).argsort(1)]  # random, for each clip (MAR)
         counts = unmask_counts(len(places), now.unmask_steps * (end - begin))
-        for step, chosen in enumerate(tqdm(order.split(counts, 1), "steps", leave=False, disable=not progress), 1):
+        steps = tqdm(order.split(counts, 1), "steps", leave=False, disable=not progress)
+        for step, chosen in enumerate(steps, 1):
             z = hidden(begin if cache else 0, end if causal else frames, chosen)
             guidance = guidance_at(now, sum(counts[:step]) / len(places)) if branches == 2 else None
             noise = torch.randn(chosen.numel(), channels, device=device)
-            denoise = model.diffusion_mlp.given(z, diffusion.timesteps)
+            denoise = model.diffusion_mlp.denoiser(z, diffusion.timesteps)
             tokens = diffusion.sample(denoise, noise, now.temperature, guidance, now.clamp)
             x.scatter_(1, chosen[..., None].expand(-1, -1, channels), tokens.view(batch, -1, channels))
             masked.scatter_(1, chosen, False)
@@ -159,10 +161,12 @@ def add_model_options(parser):
     add = parser.add_argument
     add("--frames", type=number(int, 1, 10**6), help="pixel frames, 1 + a multiple of the stride (the checkpoint's)")
     add("--size", type=sizes("64x64"), help="HEIGHTxWIDTH of what is generated (the checkpoint's)")
-    add("--steps", dest="unmask_steps", type=number(int, 1), help="unmasking steps a latent frame (the checkpoint's)")
+    add("--steps", dest="unmask_steps", type=number(int, 1), help="unmasking steps a latent frame, of frame 0 ten "
+        "times as many (the checkpoint's)")
     add("--diffusion-steps", type=number(int, 2, 1000), help="diffusion steps a token (the checkpoint's)")
-    add("--cfg", type=number(float, 0, 100), help="guidance, 1 is none (the checkpoint's)")
-    add("--temperature", type=progressive_or_number, help="progressive, or a number for all frames (the checkpoint's)")
+    add("--cfg", type=number(float, 0, 100), help="guidance, 1 is none, of frame 0 at least 5 (the checkpoint's)")
+    add("--temperature", type=progressive_or_number, help="progressive, or a number; that of frame 0 is "
+        "0.8 (the checkpoint's)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="the same seed gives the same clip (0)")
     add("--no-cache", action="store_true", help="compute all earlier frames again at every step: slower (off)")
     add("--ckpt", type=Path, help="checkpoint (out/videomar.pt if there is one, else data/videomar.pt)")
@@ -242,40 +246,44 @@ def main():
     model, tokenizer, _, sampling, frames, size, autocast = open_model(a)
     device, stride = next(model.parameters()).device, tokenizer.stride[0]
     latent_frames = 1 + (frames - 1) // stride
-    n_given = latent_frames if a.box else 1 if a.img else a.context or 2 if a.video else 0
+    n_given = (a.context or 2) if a.video else 1 if a.img else 0
+    if a.box:  # editing: all frames are given
+        n_given = latent_frames
     first = 1 + stride * (n_given - 1)  # the first pixel frame that is generated
     if n_given >= latent_frames and not a.box:
         raise Bad(f"--frames {frames}: {first} are given already; ask for {first + stride} or more")
-    source = find(a.img or a.video or Path("clip")).resolve()
+    source = find(a.img or a.video or Path("clip"))
     prompt = a.prompt if a.prompt is not None else caption_of(source)
     print(f"prompt: {prompt[:200]!r}" + (f" (beside {relpath(source)})" if prompt and a.prompt is None else ""))
     out = a.out or Path(f"out/{source.stem}.gif")
     paths = [out if a.n == 1 else out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(a.n)]
     strip, watched = out.with_name(f"{out.stem}-strip.png"), out.with_name(f"{out.stem}-watch.gif")
-    if source in {path.resolve() for path in (*paths, strip, watched)}:
+    if source.resolve() in {path.resolve() for path in (*paths, strip, watched)}:
         raise Bad(f"{source}: what is read would be overwritten; name another place with --out")
     keep = kept_tokens(a.box, size, tokenizer.stride).to(device) if a.box else None
     then = later_prompts(a, first, frames, stride, model.config)
 
-    def watch(*step):
-        steps.append(draw_step(tokenizer, *step))
+    watched_steps = []
 
-    start, steps = time.time(), []
+    def watch(*step):
+        watched_steps.append(draw_step(tokenizer, *step))
+
+    start = time.time()
     with torch.no_grad(), autocast:
         if n_given:
             pixels = torch.from_numpy(read_clip(source, size, first))
         else:
-            pixels = torch.zeros(1, *size, 3)
+            pixels = torch.zeros(1, *size, 3)  # for the shape of its tokens
         given = tokenizer.encode(to_float(pixels[None].to(device)))[:, :n_given].repeat_interleave(a.n, 0)
-        latents = generate(model, given, [prompt] * a.n, latent_frames, sampling, not a.no_cache, then, keep, True,
-                           a.watch and watch)
-        clips = [enlarge(to_uint8(video)) for video in tokenizer.decode(latents)]  # the clock has waited for a GPU
+        latents = generate(model, given, [prompt] * a.n, latent_frames, sampling, use_cache=not a.no_cache, then=then,
+                           keep=keep, progress=True, watch=watch if a.watch else None)
+        clips = [enlarge(to_uint8(video)) for video in tokenizer.decode(latents)]  # on the CPU: a GPU is done by now
     seconds = time.time() - start
     for path, clip in zip(paths, clips):
         write_video(path, clip, a.fps)
     write_strip(strip, clips, stride)
-    if steps:
-        write_video(watched, steps, 3)
+    if a.watch:
+        write_video(watched, watched_steps, 3)
     each = seconds / (latent_frames - (0 if a.box else n_given))
     print(f"wrote {', '.join(map(str, paths + [watched] * a.watch))} and {strip}: "
           f"{seconds:.1f} s, {each:.2f} s per latent frame ({device})")

@@ -123,7 +123,7 @@ class Tokenizer(nn.Module):
         return {"kind": "tokenizer", **self.settings, "crc": self.crc, "state": state}
 
 
-class Cosmos(nn.Module):
+class Cosmos:
     """A Cosmos-Tokenizer: encoder.jit and decoder.jit of a folder (paper 5.1). A probe finds stride and channels.
 
     TorchScript files are code: load only what the user named. Their latents are not of unit variance: `measure` takes
@@ -133,7 +133,6 @@ class Cosmos(nn.Module):
     measured = False
 
     def __init__(self, folder, device="cpu"):
-        super().__init__()
         try:
             self.encoder = torch.jit.load(folder / "encoder.jit", map_location=device).eval()
             self.decoder = torch.jit.load(folder / "decoder.jit", map_location=device).eval()
@@ -184,7 +183,8 @@ class Cosmos(nn.Module):
 def open_tokenizer(named=None, packed=None, device="cpu", owner=None):
     """The tokenizer that is named, else the packed one of its owner (a checkpoint, latents), else the one that ships.
 
-    named: a file of ours that holds a tokenizer, or the folder of a Cosmos-Tokenizer. Raises Bad.
+    named: a file of ours that holds a tokenizer, or the folder of a Cosmos-Tokenizer, which takes mean and std from the
+    packed one if they are of the same tokens. Raises Bad.
     """
     if named and named.is_dir():
         tokenizer = Cosmos(named, device)
@@ -213,7 +213,10 @@ def check_tokens(tokenizer, packed, owner):
 
 
 def check_size(stride, frames, height, width):
-    """Raises Bad, naming the nearest that works, unless the stride divides the size and the frames after the first."""
+    """Raises Bad, naming the nearest that works, unless the stride divides the size and the frames after the first.
+
+    Also for more than 2^30 pixels.
+    """
     s, p, q = stride
     if frames < 1 or (frames - 1) % s:
         low = 1 + max(0, (frames - 1) // s) * s
@@ -242,9 +245,9 @@ class Words(nn.Module):
         """list of str -> states (batch, word, dim), mask (batch, word), True at words. Long captions are cut."""
         words = [re.findall(r"\w+", caption.lower())[:self.longest] for caption in captions]
         count = -(-max(1, *map(len, words)) // 8) * 8  # in eights: the CPU's kernels are made for each shape
-        ids = torch.tensor([[zlib.crc32(word.encode()) % self.buckets for word in caption]
-                            + [self.buckets] * (count - len(caption)) for caption in words])
-        ids = ids.to(self.table.weight.device)
+        ids = [[zlib.crc32(word.encode()) % self.buckets for word in caption] for caption in words]
+        ids = [row + [self.buckets] * (count - len(row)) for row in ids]
+        ids = torch.tensor(ids, device=self.table.weight.device)  # (batch, word)
         x = self.table(ids)
         x = x + self.out(F.gelu(self.around(x.transpose(1, 2)).transpose(1, 2)))
         mask = ids != self.buckets
@@ -350,10 +353,13 @@ def main():
     if a.tokenizer:
         tokenizer = open_tokenizer(a.tokenizer, None, device).requires_grad_(True)
     else:
-        tokenizer = Tokenizer(a.stride or (4, 8, 8), width=a.width or 192).to(device)
-    _, p, q = tokenizer.stride
-    if p != q or p < 2 or p & (p - 1):
-        raise Bad(f"--stride: rows and columns must be equal, and 2, 4, 8, 16 or so on, not {p} and {q}")
+        stride, width = a.stride or (4, 8, 8), a.width or 192
+        _, p, q = stride
+        if p != q or p < 2 or p & (p - 1) or p > 2 * width:
+            raise Bad(f"--stride: rows and columns must be equal, and 2, 4, 8, 16 or so on up to twice the width, "
+                      f"not {p} and {q}")
+        check_size(stride, a.frames, *a.size)
+        tokenizer = Tokenizer(stride, width=width).to(device)
     part = tokenizer.decoder if a.tokenizer else tokenizer  # what is trained
     matrices = [p for p in part.parameters() if p.dim() == 2]
     vectors = [p for p in part.parameters() if p.dim() < 2]
@@ -361,6 +367,8 @@ def main():
     adamw = torch.optim.AdamW(vectors, betas=(0.9, 0.95), weight_decay=0.01)
     check_size(tokenizer.stride, a.frames, *a.size)
     source = open_source(a.data, a.fps, a.out)
+    if source.packed:
+        raise Bad(f"--data {a.data}: these are latents; name the folder of the clips that they are of")
     path = a.out / f"tokenizer-{'x'.join(map(str, tokenizer.stride))}.pt"
     held_out = to_float(source.held_out(32, a.frames, a.size)[0].to(device))
     short = min(a.frames, 1 + 2 * tokenizer.stride[0])

@@ -31,12 +31,13 @@ from sample import FORMAT, build_model, generate, load_checkpoint
 from tokenizer import check_size, check_tokens, open_text, open_tokenizer
 from videomar import PRESETS, Sampling, VideoMAR
 
-WARMUP, CLIP, EMA = 100, 3.0, 0.9999  # steps; norm of the gradients (MAR); decay of the averaged weights (MAR)
+WARMUP, CLIP = 100, 3.0  # steps; norm of the gradients (MAR)
+EMA = 0.9999  # highest decay of the averaged weights (MAR), reached after 300,000 steps
 INNER = ("blocks.", "diffusion_mlp.modulate", "diffusion_mlp.mlps")  # modules whose matrices Muon takes
 MUON = 3  # times the learning rate of AdamW (measured)
 ABLATIONS = ("attention", "loss", "position")
 OF_THIS_RUN = ("init", "resume", "out", "tokenizer", "device", "dtype", "compile", "recompute")  # no checkpoint keeps
-FREE = ("steps", "lr", "save_every", "data", "text")  # of what it keeps, --resume may change these
+FREE = ("steps", "lr", "save_every", "data", "text")  # options in a checkpoint that --resume may change
 
 
 def options_parser():
@@ -55,7 +56,7 @@ def options_parser():
     start.add_argument("--resume", action="store_true", help="go on exactly where the run in --out stopped (off)")
     add("--out", type=Path, default=Path("out"), help="folder of the checkpoints, log.csv and the film strips (out)")
     add("--batch", type=number(int, 1), help="clips a step, over all ranks (by the preset: 16, 64)")
-    add("--parts", type=number(int, 1), help="parts in which a batch is computed, divided over the ranks (one a rank)")
+    add("--parts", type=number(int, 1, 2**10), help="parts of a batch, divided over the ranks (one a rank)")
     add("--optimiser", choices=("adamw", "muon"), help="muon: AdamW, but Muon for the inner matrices (by the preset)")
     add("--lr", type=number(float, 1e-9, 1), help="learning rate (by the preset: 8e-4, 1e-4)")
     add("--noise", type=number(float, 0, 10), help="std of noise on the tokens (toy on the drawn world 0.15, else 0)")
@@ -151,9 +152,9 @@ def get_batch(a, source, config, stride, stage, t, step, part):
     return source.batch(seeds, frames, a.size, length=a.frames[stage], change_until=change_until)
 
 
-def load_parts(a, source, config, stride, place):
-    """The parts of a step that this rank computes. place: number of the step, its stage, its t."""
-    step, stage, t = place
+def load_parts(a, source, config, stride, schedule, step):
+    """The parts of a step's batch that this rank computes."""
+    stage, t = schedule[step]
     rank, world_size = ranks()
     return [get_batch(a, source, config, stride, stage, t, step, part) for part in range(rank, a.parts, world_size)]
 
@@ -277,7 +278,7 @@ def main():
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, lambda *args: signals.append(args))
     if rank == 0:
-        held = lock(a.out)
+        lock_file = lock(a.out)  # noqa: F841, an open file keeps the lock
         if not a.resume and (a.out / "ckpt.pt").exists():
             os.replace(a.out / "ckpt.pt", a.out / "ckpt-before.pt")
         log = open(a.out / "log.csv", "a" if a.resume else "w", buffering=1)  # line by line; a kill may repeat steps
@@ -286,32 +287,30 @@ def main():
         print(f"model      {a.preset}, {sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dtype}")
         print(f"data       {source.about}, {a.size[0]}x{a.size[1]}, batches of {a.batch} in {a.parts} parts")
         print(f"stages     frames {a.frames}, steps {a.steps}; checkpoints and film strips in {a.out}", flush=True)
-    stride = tokenizer.stride[0]
-    schedule = make_schedule(a, stride)
-
-    places = [(n, *schedule[n]) for n in range(step, total)]
+    schedule = make_schedule(a, tokenizer.stride[0])
+    load = partial(load_parts, a, source, model.config, tokenizer.stride[0], schedule)
     if not source.processes:
-        workers = 4
+        workers = 4  # threads: reading files waits for the disk
     elif device.type == "cpu":
         workers = 0  # the cores are busy: a step took a fifth longer with the drawing beside it
     else:
         workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    batches = read_ahead(partial(load_parts, a, source, model.config, stride), places, workers, source.processes)
+    batches = read_ahead(load, range(step, total), workers, source.processes)
     start, bar = time.time(), tqdm(total=total, initial=step, disable=rank > 0, smoothing=0.05, mininterval=1)
     while step < total and not stop:
-        tick, (stage, t), batch = time.time(), schedule[step], next(batches)
+        tick, (stage, t) = time.time(), schedule[step]
+        batch, lr = next(batches), get_lr(a, step)
         for optimiser, factor in zip(optimisers, (1, MUON)):
             for group in optimiser.param_groups:
-                group["lr"] = factor * get_lr(a, step)
+                group["lr"] = factor * lr
         loss = torch.zeros((), device=device)
-        for i, (clips, captions) in enumerate(batch):
-            torch.manual_seed(mix_seed(a.seed, step * 2**10 + rank + world_size * i))  # all draws of this part
+        for part, (clips, captions) in zip(range(rank, a.parts, world_size), batch):
+            torch.manual_seed(mix_seed(a.seed, step * 2**10 + part))  # all draws of this part
             with autocast:
                 with torch.no_grad():
                     latents = source.latents(clips.to(device), tokenizer)
-                    # Ours, as if the tokenizer were a VAE. A token that can be predicted up to a residual of std s has
-                    # a minimal mean loss of s / (1 + s), steepest near 0: without the noise, ever finer backgrounds
-                    # would pay more than sprites in the right place.
+                    # Ours, as if the tokenizer were a VAE: ever finer backgrounds should not pay more than sprites in
+                    # the right place. Diffusion.loss says more, and its snr_clip serves the same end.
                     latents = latents + a.noise * torch.randn_like(latents)
                 part_loss = model(latents, captions, t) / a.parts
             part_loss.backward()
@@ -327,15 +326,16 @@ def main():
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         step += 1
-        with torch.no_grad():  # at the start the average spans the last thirtieth of the steps so far
+        with torch.no_grad():  # the average spans the last thirtieth of the steps so far, until EMA bounds it
             for average, weight in zip(ema.parameters(), model.parameters()):
                 average.lerp_(weight, 1 - min(EMA, 1 - 30 / (step + 30)))
         if not norm.isfinite():  # read last, since a GPU stands still while its results are waited for
-            raise Bad(f"step {step}: the gradients are not finite; give --resume, and --lr {a.lr / 2:g} or lower")
+            again = "give --resume, or start anew if nothing was saved yet"
+            raise Bad(f"step {step}: the gradients are not finite; {again}, and --lr {a.lr / 2:g} or lower")
         if rank == 0:
             ends = step == sum(a.steps[:stage + 1])
             seconds, rate = time.time() - start, a.parts * latents[..., 0].numel() / (time.time() - tick)
-            row = step, stage + 1, t, f"{loss.item():.5f}", f"{get_lr(a, step - 1):.3g}", f"{seconds:.1f}"
+            row = step, stage + 1, t, f"{loss.item():.5f}", f"{lr:.3g}", f"{seconds:.1f}"
             print(*row, sep=",", file=log)
             bar.set_postfix(stage=stage + 1, loss=f"{loss.item():.3f}", tok_s=f"{rate:.0f}", refresh=False)
             bar.update()

@@ -34,7 +34,7 @@ class Config:
     diffusion_layers: int = 3  # of the diffusion MLP, paper 5.1
     diffusion_dim: int = 1280
     rope_top: float = 2.5  # the fastest rotation, radians a token (ours)
-    rope_base: float = 100.0  # by whose powers the others are slower (ours)
+    rope_base: float = 100.0  # pair m of an axis of d channels rotates by rope_top * rope_base^(-2m/d) (ours)
     timesteps: int = 1000  # of the diffusion in training, paper 5.1
     noise_draws: int = 4  # for every masked token in a training step, MAR
     snr_clip: float = math.inf  # of the loss's weights, see Diffusion.loss
@@ -47,7 +47,7 @@ class Config:
 
     @property
     def cuts(self):
-        """Frame t sees nothing after itself and no other carries loss: the sequence may end there."""
+        """Whether a frame sees nothing after itself, and one frame alone carries loss: the sequence may end there."""
         return self.attention == "causal" and self.loss == "next-frame"
 
 
@@ -116,12 +116,14 @@ def look_beside(config, strength=1.5):
     """First biases of a block's queries and keys, by which every head looks at one place (ours) -> (2 * dim,).
 
     The place is drawn for each head: the query's own or one beside it, in its own latent frame or the one before. With
-    k = R(place) q, the biases' share of a score is largest for the key at the query's position minus `place`. This is
+    k = R(offset) q, the biases' share of a score is largest for the key at the query's position minus `offset`. This is
     where motion is read.
     """
     heads, d = config.heads, config.dim // config.heads
-    place = torch.stack([torch.randint(0, 2, (heads,)), *torch.randint(-1, 2, (2, heads))], -1).float()  # (head, 3)
-    angles = rope_angles(place, d, config.rope_base, config.rope_top)[:, None]  # (head, 1, d / 2)
+    t = torch.randint(0, 2, (heads,))
+    y, x = torch.randint(-1, 2, (2, heads))
+    offset = torch.stack([t, y, x], -1).float()  # (head, 3)
+    angles = rope_angles(offset, d, config.rope_base, config.rope_top)[:, None]  # (head, 1, d / 2)
     q = strength * torch.randn(heads, 1, d).sign()
     k = rotate(q, angles.cos(), angles.sin())
     return torch.cat([q.flatten(), k.flatten()])
@@ -227,7 +229,8 @@ class Diffusion(nn.Module):
 
     def __init__(self, total=1000, steps=None):
         super().__init__()
-        self.steps = steps = steps or total
+        steps = steps or total
+        self.steps = steps
         f = torch.cos((torch.arange(total + 1, dtype=torch.float64) / total + 0.008) / 1.008 * math.pi / 2) ** 2
         abar = torch.cumprod(1 - (1 - f[1:] / f[:-1]).clamp(max=0.999), 0)  # I-DDPM eq. 17
         timesteps = torch.linspace(0, total - 1, steps, dtype=torch.float64).round().long()
@@ -240,22 +243,22 @@ class Diffusion(nn.Module):
             abar.sqrt(), (1 - abar).sqrt(),  # x_i = a x_0 + s noise
             beta * before.sqrt() / (1 - abar), (1 - before) * (1 - beta).sqrt() / (1 - abar),  # posterior mean
             variance.log(), beta.log()])  # the two bounds of the learned log variance
-        self.register_buffer("table", table.float()[..., None, None], persistent=False)  # (6, steps, 1, 1)
+        self.register_buffer("table", table.float()[..., None], persistent=False)  # (6, steps, 1)
         self.register_buffer("timesteps", timesteps, persistent=False)
 
     def q_sample(self, x0, i, noise):
         """x_i of step i (tokens,) from x_0 and noise (tokens, C)."""
-        a, s = self.table[:2, i, 0]
+        a, s = self.table[:2, i]
         return a * x0 + s * noise
 
     def x0_from(self, x, i, eps):
         """x_0 from x_i and its noise, the inverse of `q_sample`."""
-        a, s = self.table[:2, i, 0]
+        a, s = self.table[:2, i]
         return (x - s * eps) / a
 
     def posterior(self, x0, x, i, v):
         """Mean and log variance of p(x_{i-1} | x_i); v in [-1, 1] places the latter between its bounds."""
-        c0, cx, low, high = self.table[2:, i, 0]
+        c0, cx, low, high = self.table[2:, i]
         return c0 * x0 + cx * x, low + (v + 1) / 2 * (high - low)
 
     def loss(self, net, x0, z, snr_clip=math.inf):
@@ -275,7 +278,7 @@ class Diffusion(nn.Module):
         kl = 0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp() + (true_mean - mean) ** 2 * (-logvar).exp())
         nll = 0.5 * (logvar + (x0 - mean) ** 2 * (-logvar).exp() + math.log(2 * math.pi))
         variational = torch.where(i[:, None] == 0, nll, kl) / math.log(2)  # in bits
-        a, s = self.table[:2, i, 0]
+        a, s = self.table[:2, i]
         weight = (snr_clip * (s / a) ** 2).clamp(max=1)
         return (weight * (eps - noise) ** 2 + variational).mean(-1)
 
@@ -287,9 +290,10 @@ class Diffusion(nn.Module):
         x_0 is clamped (ours): at timestep 999 it is an error of eps times 20,000, and early models would paint black.
         """
         for i in reversed(range(self.steps)):
-            eps, v = net(x if guidance is None else torch.cat([x, x]), i).float().chunk(2, -1)
+            out = net(x if guidance is None else torch.cat([x, x]), i).float()
+            eps, v = out[:len(x)].chunk(2, -1)
             if guidance is not None:
-                (eps, eps_null), (v, _) = eps.chunk(2), v.chunk(2)
+                eps_null, _ = out[len(x):].chunk(2, -1)
                 eps = eps_null + guidance * (eps - eps_null)
             mean, logvar = self.posterior(self.x0_from(x, i, eps).clamp(-clamp, clamp), x, i, v)
             x = mean if i == 0 else mean + temperature * (0.5 * logvar).exp() * torch.randn_like(x)
@@ -315,11 +319,11 @@ class DiffusionMLP(nn.Module):
         """Noisy tokens x (tokens, C), timestep (tokens or 1,), hidden states z (tokens, dim) -> (tokens, 2C)."""
         return self.denoise(x, self.modulations(timestep, z))
 
-    def given(self, z, timesteps):
+    def denoiser(self, z, timesteps):
         """The same as a function of x and i, the index of one of the timesteps (ours).
 
-        What does not depend on x is computed for all timesteps at once. This halves the small products that a sampler
-        waits for.
+        The modulations do not depend on x. They are computed here, for all timesteps in one product of each layer: a
+        sampler waits for half as many small products.
         """
         modulations = self.modulations(timesteps[:, None], z)  # (steps, tokens, 3 * diffusion_dim) and the like
         return lambda x, i: self.denoise(x, [m[i] for m in modulations])
@@ -413,7 +417,9 @@ class VideoMAR(nn.Module):
             run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block
             h = run(h, rotation, kv, text_mask, n, cache, alone if block is self.blocks[-1] else None)
         h = self.norm(h)
-        return h if chosen is None or alone is not None else h.take_along_dim(chosen[..., None], 1)
+        if chosen is not None and alone is None:
+            h = h.take_along_dim(chosen[..., None], 1)
+        return h
 
     def draw_masked(self, batch, frames, n, t, device=None):
         """The masking of eq. 4.1: frames before t stay whole, t is partly masked, later ones are wholly masked.
@@ -444,9 +450,9 @@ class VideoMAR(nn.Module):
         cut = cut and config.cuts
         end = (t + 1) * n if cut else frames * n
         z = self.hidden(x[:, :end], masked[:, :end], text, grid, chosen=places, in_last_frame=cut)  # (batch, count, d)
-        target = x.take_along_dim(places[..., None], 1).float()
-        draws = config.noise_draws
-        x0, z = target.flatten(0, 1).repeat(draws, 1), z.flatten(0, 1).repeat(draws, 1)  # (tokens, C), (tokens, dim)
+        target = x.take_along_dim(places[..., None], 1).float()  # (batch, count, C)
+        x0 = target.flatten(0, 1).repeat(config.noise_draws, 1)  # (tokens, C)
+        z = z.flatten(0, 1).repeat(config.noise_draws, 1)  # (tokens, dim)
         return self.diffusion.loss(self.diffusion_mlp, x0, z, config.snr_clip).mean()
 
 

@@ -23,7 +23,7 @@ class Bad(Exception):
 
 def run(main):
     """Runs a script's main. Bad input, a full disk or too little memory is one line on stderr and exit code 2."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # in place of that in __init__.py
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in place of that in data/__init__.py
     try:
         return main()
     except KeyboardInterrupt:
@@ -84,8 +84,6 @@ def check_writable(path):
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
         raise Bad(f"--out {path}: {folder} is not a folder that can be written ({e.strerror})") from None
-    if path.name in ("", ".."):
-        raise Bad(f"--out {path}: this is not the name of a file; choose another place")
 
 
 def write(path, save):
@@ -162,27 +160,22 @@ def choose_device(name=None):
         raise Bad(f"--device {name}: there is none here ({reason}); --device cpu always works") from None
 
 
-def choose_dtype(name, device):
-    """The named dtype, or what the hardware is fast at: bfloat16 where it has units for it, else float32."""
+def choose_hardware(a):
+    """The device and the dtype of the options, and a context in which the network computes in this dtype."""
+    device = choose_device(a.device)
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
-    return getattr(torch, name or ("bfloat16" if fast else "float32"))
-
-
-def choose_hardware(a):
-    """The device and the dtype of the options, and a context in which the network computes in this dtype."""
-    device = choose_device(a.device)
-    dtype = choose_dtype(a.dtype, device)
+    dtype = getattr(torch, a.dtype or ("bfloat16" if fast else "float32"))  # bfloat16 where there are units for it
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.set_flush_denormal(True)  # zero-initialised layers have denormal gradients, which are slow
     return device, dtype, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def mix_seed(seed, number):
+def mix_seed(seed, draw):
     """A seed of 32 bits, as many as a CPU's generator takes, from that of a run and the number of a draw in it."""
-    return (seed * 2654435761 + number) % 2**32  # 2^32 over the golden ratio: neighbours end up far apart
+    return (seed * 2654435761 + draw) % 2**32  # 2^32 over the golden ratio: neighbours end up far apart
 
 
 def ranks():

@@ -19,8 +19,8 @@ def write_latents(source, out, tokenizer, frames, size, device, each=256):
     A shard that is there is never written again: a run that was killed goes on, and the ranks of torchrun share them.
     """
     rank, world_size = ranks()
-    files = [out / f"shard-{first // each:05d}.pt" for first in range(0, len(source.clips), each)]
-    settings = {"frames": frames, "size": tuple(size), "fps": source.fps, "each": each, "shards": len(files),
+    starts = range(0, len(source.clips), each)  # the first clip of each shard
+    settings = {"frames": frames, "size": tuple(size), "fps": source.fps, "each": each, "shards": len(starts),
                 "files": source.files, "crc": tokenizer.crc}
     if not tokenizer.measured:
         tokenizer.measure(to_float(source.batch(range(16), frames, size)[0]).to(device))
@@ -30,17 +30,18 @@ def write_latents(source, out, tokenizer, frames, size, device, each=256):
         save({"kind": "latents", "tokenizer": tokenizer.pack(), "settings": settings}, out / "latents.pt")
     if load(out / "latents.pt", "latents").get("settings") != settings:
         raise Bad(f"--out {out}: it holds latents of other clips, settings or tokenizer; choose another folder")
-    for shard in tqdm(range(len(files))[rank::world_size], "shards", disable=rank > 0):
-        if files[shard].exists():
+    for first in tqdm(starts[rank::world_size], "shards", disable=rank > 0):
+        file = out / f"shard-{first // each:05d}.pt"
+        if file.exists():
             continue
         latents, captions = [], []
-        for i in range(len(source.clips))[shard * each:(shard + 1) * each]:
+        for i in range(first, min(first + each, len(source.clips))):
             if clip := source.read(i, frames, size, 0.5):
                 video = to_float(torch.from_numpy(clip[0])[None].to(device))
                 latents.append(tokenizer.encode(video)[0].half().cpu())
                 captions.append(clip[1])
         stacked = torch.stack(latents) if latents else torch.empty(0)
-        save({"kind": "shard", "latents": stacked, "captions": captions}, files[shard])
+        save({"kind": "shard", "latents": stacked, "captions": captions}, file)
 
 
 class Latents(Source):
@@ -67,10 +68,10 @@ class Latents(Source):
         """-> latents float32 (batch, T, h, w, C), captions."""
         if size != self.size or (length or frames) > self.frames:
             raise Bad(f"{self.about}; give --size that, and --frames up to that")
-        numbers = [np.random.default_rng((seed, 1)).integers(len(self.clips)) for seed in seeds]
-        drawn, t = [self.clips[number] for number in numbers], 1 + (frames - 1) // self.stride[0]
-        return (torch.stack([shard["latents"][row, :t].float() for shard, row in drawn]),
-                [shard["captions"][row] for shard, row in drawn])
+        latent_frames = 1 + (frames - 1) // self.stride[0]
+        drawn = [self.clips[np.random.default_rng((seed, 1)).integers(len(self.clips))] for seed in seeds]
+        latents = torch.stack([shard["latents"][row, :latent_frames].float() for shard, row in drawn])
+        return latents, [shard["captions"][row] for shard, row in drawn]
 
     def latents(self, clips, tokenizer):
         return clips

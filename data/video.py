@@ -9,12 +9,13 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, ImageSequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data.files import DATA, Bad, check_writable, need, write
@@ -130,8 +131,9 @@ class Source:
     """Where training takes clips from: `World` (data/world.py), `Folder` below, `Latents` (data/latents.py).
 
     draw(seed, frames, size, length, change_until) -> the first `frames` of a clip that has `length` pixel frames, and
-    its caption: a function of the seed. about: a line for the log; files: what tells on --resume that they
-    are the same; skipped: what could not be used. sampling, training: defaults of train.py for this source.
+    its caption: a function of the seed. Only the world heeds change_until; `Latents` has `batch` alone, which gives
+    latents. about: a line for the log; files: what tells on --resume that they are the same; skipped: what could not be
+    used. sampling, training: defaults of train.py for this source.
     processes: whether `read_ahead` takes processes.
     """
 
@@ -200,16 +202,6 @@ class Folder(Source):
         raise Bad(f"{self.folder}: none of its {len(self.clips)} clips can be used; see the warnings")
 
 
-class Calls(Dataset):
-    """A function as PyTorch's loader wants it: item i is function(i)."""
-
-    def __init__(self, function):
-        self.function = function
-
-    def __getitem__(self, i):
-        return self.function(i)
-
-
 def outlast(worker):
     """Ctrl-C and SIGTERM may reach all processes. A worker then goes on, for the first one to end its step and save.
 
@@ -220,23 +212,24 @@ def outlast(worker):
 
 
 def read_ahead(function, items, workers, processes=False):
-    """Yields function(item) for each item in order, while workers compute the next ones; with none just in turn.
+    """Yields function(item) for each item of a sequence, in order, while workers compute the next ones.
 
-    workers: how many threads, or processes. Threads do for reading files, which waits; drawing keeps Python busy.
+    workers: how many threads, or processes; with 0 all is computed in turn. Threads do for reading files, which waits;
+    drawing keeps Python busy.
     """
     if not workers:
         yield from map(function, items)
         return
     if processes:
-        yield from DataLoader(Calls(function), None, sampler=items, num_workers=workers, prefetch_factor=1,
+        yield from DataLoader(items, None, collate_fn=function, num_workers=workers, prefetch_factor=1,
                               worker_init_fn=outlast)
         return
     items = iter(items)
     with ThreadPoolExecutor(workers) as pool:
-        ahead = [pool.submit(function, item) for _, item in zip(range(workers), items)]
+        ahead = [pool.submit(function, item) for item in islice(items, workers)]
         while ahead:
             result = ahead.pop(0).result()
-            ahead += [pool.submit(function, item) for _, item in zip(range(1), items)]
+            ahead += [pool.submit(function, item) for item in islice(items, 1)]
             yield result
 
 
@@ -252,7 +245,7 @@ def to_uint8(video):
 
 
 def psnr(video, truth):
-    """Peak signal to noise ratio in dB of each clip, over all dimensions but the first; at most 50 (a still copy)."""
+    """Peak signal to noise ratio in dB of each clip (the first dimension); at most 50, also of an exact copy."""
     mse = (video.clamp(-1, 1) - truth).pow(2).flatten(1).mean(1)
     return 10 * torch.log10(4 / mse.clamp(min=4e-5))
 
@@ -304,10 +297,11 @@ def write_video(path, video, fps):
     """uint8 (frames, H, W, 3) as .gif, .webp, .png (animated) or .mp4 (needs av)."""
     if path.suffix == ".mp4":
         return write(path, lambda part: write_mp4(part, video, fps))
-    frames, shortest = [Image.fromarray(frame) for frame in video], 1
+    frames = [Image.fromarray(frame) for frame in video]
+    shortest = 1  # ms
     if path.suffix == ".gif":
         # Pillow's own choice of 256 colours changes from frame to frame, and dark colours and grey flicker.
         frames = [f.quantize(method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE) for f in frames]
-        shortest = 20  # ms: a faster GIF is shown slower
+        shortest = 20  # a faster GIF is shown slower
     write(path, lambda part: frames[0].save(part, save_all=True, append_images=frames[1:], loop=0, lossless=True,
                                             duration=max(shortest, 1000 / fps)))

@@ -19,7 +19,9 @@ COLOURS = {"red": (214, 40, 48), "orange": (240, 130, 30), "yellow": (240, 205, 
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1),
               "up-left": (-1, -1), "up-right": (1, -1), "down-left": (-1, 1), "down-right": (1, 1)}
 SPEEDS = {"slowly": 0.01, "quickly": 0.03}  # short sides per pixel frame
-MOTIONS = tuple(f"moves {d} {s}" for d in DIRECTIONS for s in SPEEDS) + ("grows", "shrinks", "spins", "stays still")
+VELOCITIES = {f"moves {d} {s}": speed * np.array(v) / np.hypot(*v)
+              for d, v in DIRECTIONS.items() for s, speed in SPEEDS.items()}
+MOTIONS = (*VELOCITIES, "grows", "shrinks", "spins", "stays still")
 GROWTH, SPIN, BIGGEST = 0.025, np.pi / 30, 0.4  # radius a frame, radians a frame, largest radius
 
 
@@ -113,9 +115,7 @@ def path(sprite, frames, height, width):
         r = r / (1 + GROWTH * f)
     centre = []
     walls = np.array([width, height]) / min(height, width)
-    direction, speed = (sprite.motion.split() + ["", ""])[1:3]
-    step = np.array(DIRECTIONS.get(direction, (0, 0))) * SPEEDS.get(speed, 0.0)
-    for c, v, wall in zip((sprite.x, sprite.y), step / max(1.0, np.hypot(*step) / SPEEDS.get(speed, 1.0)), walls):
+    for c, v, wall in zip((sprite.x, sprite.y), VELOCITIES.get(sprite.motion, (0, 0)), walls):
         room = wall - 2 * r  # a triangle wave over twice the room is a bounce
         c = room - abs((c - r + v * f) % (2 * room) - room) + r if v else np.clip(c, r, wall - r)
         centre.append(c)
@@ -129,14 +129,13 @@ def render(scene, frames, height, width):
     along = (x / width - 0.5) * np.cos(scene.angle) + (y / height - 0.5) * np.sin(scene.angle) + 0.5  # about 0..1
     tint = np.array(COLOURS[scene.background], np.float32)
     ground = np.round(tint + (255 - tint) * (0.35 + 0.4 * along[..., None])).astype(np.uint8)  # mixed with white
-    pad = 4  # a sprite's window may reach over the wall, its ink does not
-    video = np.repeat(np.pad(ground, ((pad, pad), (pad, pad), (0, 0)), mode="edge")[None], frames, 0)
+    video = np.repeat(ground[None], frames, 0)
     for s in reversed(scene.sprites):
         cx, cy, r, angle = (a.astype(np.float32)[:, None, None] for a in path(s, frames, height, width))
         cx, cy, r = cx * scale - 0.5, cy * scale - 0.5, r * scale  # pixel centres lie on whole numbers
         n = int(np.ceil(2.1 * r.max())) + 3
-        rows = (np.round(cy - n / 2).astype(int) + np.arange(n)[None, :, None]).clip(-pad, height + pad - 1)
-        cols = (np.round(cx - n / 2).astype(int) + np.arange(n)[None, None, :]).clip(-pad, width + pad - 1)
+        rows = (np.round(cy - n / 2).astype(int) + np.arange(n)[None, :, None]).clip(0, height - 1)
+        cols = (np.round(cx - n / 2).astype(int) + np.arange(n)[None, None, :]).clip(0, width - 1)
         dx, dy = ((cols - cx) / r).astype(np.float32), ((rows - cy) / r).astype(np.float32)
         u, v = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)  # (frame, n, n)
         ink = np.array(COLOURS[s.colour], np.float32)
@@ -144,10 +143,10 @@ def render(scene, frames, height, width):
             eyes = (0.5 - (np.hypot(abs(u) - 0.34, v - 0.08) - 0.15) * r).clip(0, 1)
             ink = ink * (1 - 0.85 * eyes[..., None])
         alpha = (0.5 - distance(s.shape, u, v) * r).clip(0, 1)[..., None]
-        at = np.arange(frames)[:, None, None], rows + pad, cols + pad
+        at = np.arange(frames)[:, None, None], rows, cols
         under = video[at]
         video[at] = np.round(under + alpha * (ink - under))
-    return video[:, pad:-pad, pad:-pad]
+    return video
 
 
 def with_changes(scene, seed, latest):
@@ -189,10 +188,10 @@ class World(Source):
 def main():
     for seed in range(4):
         video, caption = clip(seed, 49, 256, 256)
-        path = Path(f"out/world/{seed}.gif")
-        write_video(path, video, 12)
-        path.with_suffix(".txt").write_text(caption + "\n")
-        print(path, "-", caption)
+        out = Path(f"out/world/{seed}.gif")
+        write_video(out, video, 12)
+        out.with_suffix(".txt").write_text(caption + "\n")
+        print(out, "-", caption)
 
 
 if __name__ == "__main__":

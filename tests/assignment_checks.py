@@ -147,7 +147,7 @@ def check_diffusion(theirs):
         same(f"q_sample in step {i}", diffusion.q_sample(x0, i, noise), right.q_sample(x0, i, noise))
     same("q_sample with a step for each token", diffusion.q_sample(x0, order, noise), right.q_sample(x0, order, noise))
     for name, i in (("step 7", 7), ("a step for each token", each)):
-        low, high = (bound.expand(25, 4) for bound in right.table[4:, i, 0])
+        low, high = (bound.expand(25, 4) for bound in right.table[4:, i])
         mean, logvar = diffusion.posterior(x0, x, i, torch.full_like(v, -1))
         same(f"posterior's mean with {name}", mean, right.posterior(x0, x, i, v)[0])
         same(f"posterior's log variance with {name} at v = -1", logvar, low)
@@ -354,7 +354,7 @@ def check_loss(theirs):
         def net(x, timestep, z):
             seen.append((timestep, z))
             i = (right.timesteps == timestep[:, None]).int().argmax(1)
-            a, s = right.table[:2, i, 0]
+            a, s = right.table[:2, i]
             noises.append((x - a * x0) / s)
             return torch.cat([noises[-1] + wrong_by, v.expand(tokens, 4)], -1)
         losses = []

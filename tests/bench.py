@@ -158,7 +158,7 @@ def next_token_step(model, x, text, rotation, cache, diffusion, cfg):
     h = model.token_in(x.repeat(2, 1, 1))
     for block, keys_values in zip(model.blocks, text[0]):
         h = block(h, rotation, keys_values, text[1], 1, cache)
-    net = model.diffusion_mlp.given(model.norm(h)[:, 0], diffusion.timesteps)
+    net = model.diffusion_mlp.denoiser(model.norm(h)[:, 0], diffusion.timesteps)
     return diffusion.sample(net, torch.randn(len(x), model.config.channels, device=x.device), 1.0, cfg)
 
 

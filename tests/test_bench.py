@@ -56,7 +56,7 @@ def test_flops_of_the_parts_are_those_torch_counts():
     assert counter.get_total_flops() == 2 * (flops + tokens_in)
     x, z, timesteps = torch.randn(5, 16), torch.randn(5, 64), torch.arange(7)
     with FlopCounterMode(display=False) as counter:
-        net = model.diffusion_mlp.given(z, timesteps)
+        net = model.diffusion_mlp.denoiser(z, timesteps)
         for i in range(7):
             net(x, i)
     assert counter.get_total_flops() == bench.diffusion_flops(config, 5 * 7, 5, 7)

@@ -171,6 +171,11 @@ def test_prompt_beside_the_picture(tiny, folder):
     (folder / "x.txt").write_text("a red square grows\n")
     assert "'a red square grows' (beside x.png)" in tiny("--img", "x.png")[1]
     assert "prompt: 'else'" in tiny("--img", "x.png", "--prompt", "else")[1]
+    (folder / "far").mkdir()
+    (folder / "far/y.png").write_bytes((folder / "x.png").read_bytes())
+    (folder / "link.png").symlink_to(folder / "far/y.png")
+    (folder / "link.txt").write_text("a link\n")
+    assert "'a link' (beside link.png)" in tiny("--img", "link.png")[1] and (folder / "out/link.gif").exists()
     assert tiny("--img", "x.png", "--prompt", "")[0] == 0
     assert tiny("--img", "x.png", "--prompt", "very long " * 20000)[0] == 0
 
@@ -465,6 +470,22 @@ def test_bad_input_to_training(folder, tiny_files, monkeypatch, capsys, args, wo
     assert code == 2 and all(w in err for w in words) and "Traceback" not in err, err
     assert len(err.strip().split("\n")) == 1
     assert sorted(folder.rglob("*")) == before and (folder / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--stride", "4x8x16"], ["--stride", "equal", "8 and 16"]),
+    (["--stride", "4x12x12"], ["--stride", "2, 4, 8", "12 and 12"]),
+    (["--stride", "4x64x64", "--width", "16"], ["--stride", "twice the width", "64 and 64"]),
+    (["--stride", "4096x8x8"], ["25 frames", "4096"]),
+    (["--stride", "4x8x8", "--tokenizer", "tokenizer.pt"], ["--stride, --width", "leave them out"]),
+    (["--tokenizer", "."], ["--tokenizer .", "--encode"]),
+])
+def test_bad_input_to_the_tokenizer(folder, tiny_files, monkeypatch, capsys, args, words):
+    """It is told before a network is built."""
+    (folder / "tokenizer.pt").write_bytes((tiny_files / "tokenizer.pt").read_bytes())
+    monkeypatch.setattr(tokenizer, "Tokenizer", None)
+    code, _, err = call(monkeypatch, capsys, *args, module=tokenizer)
+    assert code == 2 and all(w in err for w in words) and len(err.strip().split("\n")) == 1, err
 
 
 # ------------------------------------------------------------------------------------------------ the code itself

@@ -416,6 +416,8 @@ def test_latents_once(folder, monkeypatch, tiny_files, capsys):
     for wrong in (["--frames", 13], ["--frames", 9, "--size", "32x32"]):
         code, _, err = call(monkeypatch, capsys, "--data", "whole", *wrong, module=train)
         assert code == 2 and "9 frames 16x24" in err
+    code, _, err = call(monkeypatch, capsys, "--data", "whole", module=tokenizer)  # trains on pixels alone
+    assert code == 2 and "--data whole: these are latents" in err
     net.encoder[0].weight.data += 1
     encode(folder / "clips", folder / "other", net, 9, SIZE)
     with pytest.raises(Bad, match="its tokens are|other clips"):  # the same ones, in tokens the weights do not know

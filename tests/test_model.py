@@ -460,7 +460,7 @@ def test_gaussian_target_has_the_right_mean_and_std(temperature):
         c0, cx = beta * math.sqrt(before) / (1 - now), (1 - before) * math.sqrt(1 - beta) / (1 - now)
         slope = math.sqrt(now) * sigma**2 / (now * sigma**2 + 1 - now)  # of E[x_0 | x_t]
         left = sigma**2 * (1 - now) / (now * sigma**2 + 1 - now)  # Var[x_0 | x_t]
-        low, high = d.table[4:, i, 0, 0].tolist()
+        low, high = d.table[4:, i, 0].tolist()
         variance = (0 if i == 0 else math.exp(low)) + c0**2 * left
         exact_v.append((math.log(variance) - low) / (high - low) * 2 - 1)
         expected = (c0 * slope + cx) ** 2 * expected + (temperature**2 * variance if i else 0)
@@ -512,7 +512,7 @@ def test_diffusion_loss_in_closed_form():
 
     def net(x, timestep, z):
         i = (timestep[:, None] == d.timesteps).int().argmax(1)
-        a, s = d.table[:2, i, 0]
+        a, s = d.table[:2, i]
         noise = (x - a * x0) / s
         eps, v = noise + 0.1 * torch.randn(100, 3), 2 * torch.rand(100, 3) - 1
         mean, logvar = d.posterior(d.x0_from(x, i, eps), x, i, v)
@@ -589,8 +589,8 @@ def test_the_first_noise_is_not_scaled_by_the_temperature():
 
 def test_the_sampler_s_timesteps_are_the_respaced_ones(monkeypatch):
     model, seen = tiny_model(), []
-    real = model.diffusion_mlp.given
-    monkeypatch.setattr(model.diffusion_mlp, "given", lambda z, steps: seen.append(steps) or real(z, steps))
+    real = model.diffusion_mlp.denoiser
+    monkeypatch.setattr(model.diffusion_mlp, "denoiser", lambda z, steps: seen.append(steps) or real(z, steps))
     sampled(model, clip(1), 2)
     assert all(timesteps.tolist() == [0, 250, 500, 749, 999] for timesteps in seen)
 
@@ -614,7 +614,7 @@ def test_diffusion_mlp_is_the_adaln_mlp_written_plainly():
         shift, scale = diffusion_mlp.last_modulate(c).view(2, -1)
         want = diffusion_mlp.out(norm(h) * (1 + scale) + shift)
         assert torch.allclose(diffusion_mlp(x, timestep, z)[row], want, atol=1e-3)
-    net = diffusion_mlp.given(z, timestep)  # all timesteps at once
+    net = diffusion_mlp.denoiser(z, timestep)  # all timesteps at once
     for i in range(5):
         assert torch.allclose(net(x, i), diffusion_mlp(x, timestep[i:i + 1], z), atol=1e-6)
 
@@ -762,14 +762,15 @@ def test_total_mask_fills_all_frames_at_once(monkeypatch):
         assert (max(partly) > 1) == mixed
 
 
+@pytest.mark.parametrize("temperature, used_one", [(0.7, 0.7), ("progressive", 1.0)])
 @pytest.mark.parametrize("given", [0, 1, 2])
-def test_total_mask_takes_the_steps_of_all_frames_that_are_made(monkeypatch, given):
+def test_total_mask_takes_the_steps_of_all_frames_that_are_made(monkeypatch, given, temperature, used_one):
     """Frame 0 is one of them: nothing is different for it."""
     steps, used, real = [], set(), sample.unmask_counts
     monkeypatch.setattr(sample, "unmask_counts", lambda n, k: steps.append((n, k)) or real(n, k))
     monkeypatch.setattr(Diffusion, "sample", lambda self, net, x, temperature, *a: used.add(temperature) or x)
-    sampled(tiny_model(loss="total-mask"), clip(given), 4, temperature=0.7)
-    assert steps == [((4 - given) * N, (4 - given) * 3)] and used == {0.7}
+    sampled(tiny_model(loss="total-mask"), clip(given), 4, temperature=temperature)
+    assert steps == [((4 - given) * N, (4 - given) * 3)] and used == {used_one}
 
 
 @pytest.mark.parametrize("grid, frames", [((3, 5), 6), ((1, 1), 2)])
