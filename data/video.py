@@ -221,6 +221,7 @@ def read_ahead(function, items, workers, processes=False):
         yield from map(function, items)
         return
     if processes:
+        # With batch size None the loader calls collate_fn on each item, in a worker.
         yield from DataLoader(items, None, collate_fn=function, num_workers=workers, prefetch_factor=1,
                               worker_init_fn=outlast)
         return
