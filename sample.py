@@ -75,7 +75,10 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
     cache = Cache(config, batch * branches, frames * n, device, text[0][0].dtype) if use_cache and causal else None
 
     def hidden(begin, end, chosen):
-        """Runs frames begin to end - 1, chosen (batch, count) -> states (branches * batch * count, dim)."""
+        """Runs frames begin to end - 1 -> states of the chosen tokens (batch, count), the caption's branch first.
+
+        The states are (branches * batch * count, dim).
+        """
         part, places = slice(begin * n, end * n), (chosen - begin * n).repeat(branches, 1)
         x_part, masked_part = x[:, part].repeat(branches, 1, 1), masked[:, part].repeat(branches, 1)
         return model.hidden(x_part, masked_part, text, grid, begin, cache, places, next_frame).flatten(0, 1)
@@ -83,11 +86,12 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
     # One frame after the other; a model of the total-mask loss fills all of them as one large picture.
     groups = [(t, t + 1) for t in range(n_given, frames)] if next_frame else [(n_given, frames)]
     for begin, end in tqdm(groups, "latent frames", disable=not progress):
-        if cache and cache.length < begin * n:  # given or just finished frames: run whole, without [MASK], and keep
+        if cache and cache.length < begin * n:  # given or just finished frames run once more, and their keys stay
             hidden(cache.length // n, begin, torch.empty(batch, 0, dtype=torch.long, device=device))
             cache.length = begin * n
         if then and begin in then:
             text = model.read_text(then[begin] * branches, null)
+        # With the total-mask loss all frames are drawn as the first one behind a given one is.
         now = frame_sampling(sampling, begin, n_given) if next_frame else frame_sampling(sampling, 1, 1)
         places = begin * n + (~known[begin * n:end * n]).nonzero()[:, 0]
         order = places[torch.rand(batch, len(places), device=device).argsort(1)]  # random, for each clip (MAR)
@@ -161,12 +165,13 @@ def add_model_options(parser):
     add = parser.add_argument
     add("--frames", type=number(int, 1, 10**6), help="pixel frames, 1 + a multiple of the stride (the checkpoint's)")
     add("--size", type=sizes("64x64"), help="HEIGHTxWIDTH of what is generated (the checkpoint's)")
-    add("--steps", dest="unmask_steps", type=number(int, 1), help="unmasking steps a latent frame, of frame 0 ten "
-        "times as many (the checkpoint's)")
+    add("--steps", dest="unmask_steps", type=number(int, 1), help="unmasking steps a latent frame, ten times "
+        "as many for a frame 0 that is not given (the checkpoint's)")
     add("--diffusion-steps", type=number(int, 2, 1000), help="diffusion steps a token (the checkpoint's)")
-    add("--cfg", type=number(float, 0, 100), help="guidance, 1 is none, of frame 0 at least 5 (the checkpoint's)")
-    add("--temperature", type=progressive_or_number, help="progressive, or a number; that of frame 0 is "
-        "0.8 (the checkpoint's)")
+    add("--cfg", type=number(float, 0, 100), help="guidance, 1 is none; at least 5 for a frame 0 that is "
+        "not given (the checkpoint's)")
+    add("--temperature", type=progressive_or_number, help="progressive, or a number; 0.8 for a frame 0 "
+        "that is not given (the checkpoint's)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="the same seed gives the same clip (0)")
     add("--no-cache", action="store_true", help="compute all earlier frames again at every step: slower (off)")
     add("--ckpt", type=Path, help="checkpoint (out/videomar.pt if there is one, else data/videomar.pt)")
@@ -253,7 +258,7 @@ def main():
     if n_given >= latent_frames and not a.box:
         raise Bad(f"--frames {frames}: {first} are given already; ask for {first + stride} or more")
     source = find(a.img or a.video or Path("clip"))
-    prompt = a.prompt if a.prompt is not None else caption_of(source)
+    prompt = a.prompt if a.prompt is not None else caption_of(source) or caption_of(source.resolve())
     print(f"prompt: {prompt[:200]!r}" + (f" (beside {relpath(source)})" if prompt and a.prompt is None else ""))
     out = a.out or Path(f"out/{source.stem}.gif")
     paths = [out if a.n == 1 else out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(a.n)]

@@ -355,8 +355,8 @@ def main():
     else:
         stride, width = a.stride or (4, 8, 8), a.width or 192
         _, p, q = stride
-        if p != q or p < 2 or p & (p - 1) or p > 2 * width:
-            raise Bad(f"--stride: rows and columns must be equal, and 2, 4, 8, 16 or so on up to twice the width, "
+        if p != q or p < 2 or p & (p - 1) or p > width:
+            raise Bad(f"--stride: rows and columns must be equal, and 2, 4, 8, 16 or so on up to --width {width}, "
                       f"not {p} and {q}")
         check_size(stride, a.frames, *a.size)
         tokenizer = Tokenizer(stride, width=width).to(device)

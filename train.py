@@ -56,7 +56,7 @@ def options_parser():
     start.add_argument("--resume", action="store_true", help="go on exactly where the run in --out stopped (off)")
     add("--out", type=Path, default=Path("out"), help="folder of the checkpoints, log.csv and the film strips (out)")
     add("--batch", type=number(int, 1), help="clips a step, over all ranks (by the preset: 16, 64)")
-    add("--parts", type=number(int, 1, 2**10), help="parts of a batch, divided over the ranks (one a rank)")
+    add("--parts", type=number(int, 1, 2**10), help="parts that a batch is computed in, over all ranks (one a rank)")
     add("--optimiser", choices=("adamw", "muon"), help="muon: AdamW, but Muon for the inner matrices (by the preset)")
     add("--lr", type=number(float, 1e-9, 1), help="learning rate (by the preset: 8e-4, 1e-4)")
     add("--noise", type=number(float, 0, 10), help="std of noise on the tokens (toy on the drawn world 0.15, else 0)")
@@ -309,8 +309,8 @@ def main():
             with autocast:
                 with torch.no_grad():
                     latents = source.latents(clips.to(device), tokenizer)
-                    # Ours, as if the tokenizer were a VAE: ever finer backgrounds should not pay more than sprites in
-                    # the right place. Diffusion.loss says more, and its snr_clip serves the same end.
+                    # Ours, as if the tokenizer were a VAE. No prediction is finer than this noise, so ever finer
+                    # backgrounds do not pay more than sprites in the right place; snr_clip serves the same end.
                     latents = latents + a.noise * torch.randn_like(latents)
                 part_loss = model(latents, captions, t) / a.parts
             part_loss.backward()

@@ -5,8 +5,9 @@
     python tests/assignments.py --hint 3             a hint for exercise 3; --hint 3 2 is the second
     python tests/assignments.py grade DIR...         what is right in each folder, and what is wrong first
 
-The repository itself is never changed. Of a folder only videomar.py is graded. Grading runs it as you, each check in a
-process of its own with a time limit: for code that you do not trust, do this in a container.
+The repository itself is never changed. Of a folder only videomar.py is graded, by the version of the repository that
+handed it out. Grading runs it as you, each check in a process of its own with a time limit: for code that you do not
+trust, do this in a container.
 """
 import ast
 import csv

@@ -475,7 +475,7 @@ def test_bad_input_to_training(folder, tiny_files, monkeypatch, capsys, args, wo
 @pytest.mark.parametrize("args, words", [
     (["--stride", "4x8x16"], ["--stride", "equal", "8 and 16"]),
     (["--stride", "4x12x12"], ["--stride", "2, 4, 8", "12 and 12"]),
-    (["--stride", "4x64x64", "--width", "16"], ["--stride", "twice the width", "64 and 64"]),
+    (["--stride", "4x32x32", "--width", "16"], ["--stride", "up to --width 16", "32 and 32"]),
     (["--stride", "4096x8x8"], ["25 frames", "4096"]),
     (["--stride", "4x8x8", "--tokenizer", "tokenizer.pt"], ["--stride, --width", "leave them out"]),
     (["--tokenizer", "."], ["--tokenizer .", "--encode"]),
