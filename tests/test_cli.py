@@ -174,6 +174,8 @@ def test_prompt_beside_the_picture(tiny, folder):
     (folder / "far").mkdir()
     (folder / "far/y.png").write_bytes((folder / "x.png").read_bytes())
     (folder / "link.png").symlink_to(folder / "far/y.png")
+    (folder / "far/y.txt").write_text("far away\n")
+    assert "prompt: 'far away'" in tiny("--img", "link.png")[1]
     (folder / "link.txt").write_text("a link\n")
     assert "'a link' (beside link.png)" in tiny("--img", "link.png")[1] and (folder / "out/link.gif").exists()
     assert tiny("--img", "x.png", "--prompt", "")[0] == 0
