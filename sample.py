@@ -258,7 +258,7 @@ def main():
     if n_given >= latent_frames and not a.box:
         raise Bad(f"--frames {frames}: {first} are given already; ask for {first + stride} or more")
     source = find(a.img or a.video or Path("clip"))
-    prompt = a.prompt if a.prompt is not None else caption_of(source) or caption_of(source.resolve())
+    prompt = a.prompt if a.prompt is not None else caption_of(source)
     print(f"prompt: {prompt[:200]!r}" + (f" (beside {relpath(source)})" if prompt and a.prompt is None else ""))
     out = a.out or Path(f"out/{source.stem}.gif")
     paths = [out if a.n == 1 else out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(a.n)]

@@ -350,28 +350,28 @@ def main():
     torch.manual_seed(a.seed)
     if a.encode:
         return encode(a, device)
+    stride, width = a.stride or (4, 8, 8), a.width or 192
     if a.tokenizer:
         tokenizer = open_tokenizer(a.tokenizer, None, device).requires_grad_(True)
-    else:
-        stride, width = a.stride or (4, 8, 8), a.width or 192
-        _, p, q = stride
-        if p != q or p < 2 or p & (p - 1) or p > width:
-            raise Bad(f"--stride: rows and columns must be equal, and 2, 4, 8, 16 or so on up to --width {width}, "
-                      f"not {p} and {q}")
-        check_size(stride, a.frames, *a.size)
+        stride, width = tokenizer.stride, tokenizer.settings["width"]
+    _, p, q = stride
+    if p != q or p < 2 or p & (p - 1) or p > width:
+        raise Bad(f"--stride: rows and columns must be equal, and 2, 4, 8, 16 or so on up to --width {width}, "
+                  f"not {p} and {q}")
+    check_size(stride, a.frames, *a.size)
+    if not a.tokenizer:
         tokenizer = Tokenizer(stride, width=width).to(device)
     part = tokenizer.decoder if a.tokenizer else tokenizer  # what is trained
     matrices = [p for p in part.parameters() if p.dim() == 2]
     vectors = [p for p in part.parameters() if p.dim() < 2]
     muon = torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(vectors, betas=(0.9, 0.95), weight_decay=0.01)
-    check_size(tokenizer.stride, a.frames, *a.size)
     source = open_source(a.data, a.fps, a.out)
     if source.packed:
         raise Bad(f"--data {a.data}: these are latents; name the folder of the clips that they are of")
-    path = a.out / f"tokenizer-{'x'.join(map(str, tokenizer.stride))}.pt"
+    path = a.out / f"tokenizer-{'x'.join(map(str, stride))}.pt"
     held_out = to_float(source.held_out(32, a.frames, a.size)[0].to(device))
-    short = min(a.frames, 1 + 2 * tokenizer.stride[0])
+    short = min(a.frames, 1 + 2 * stride[0])
     bar = tqdm(range(a.steps), mininterval=1)
     for step in bar:
         rate = min(1, (step + 1) / 100) * (1 - step / a.steps)  # warm-up, then down a line

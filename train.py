@@ -153,10 +153,11 @@ def get_batch(a, source, config, stride, stage, t, step, part):
 
 
 def load_parts(a, source, config, stride, schedule, step):
-    """The parts of a step's batch that this rank computes."""
+    """The parts of a step's batch that this rank computes -> [(number of the part, (clips, captions))]."""
     stage, t = schedule[step]
     rank, world_size = ranks()
-    return [get_batch(a, source, config, stride, stage, t, step, part) for part in range(rank, a.parts, world_size)]
+    parts = range(rank, a.parts, world_size)
+    return [(part, get_batch(a, source, config, stride, stage, t, step, part)) for part in parts]
 
 
 def make_tokenizer(a, source, checkpoint, device):
@@ -304,7 +305,7 @@ def main():
             for group in optimiser.param_groups:
                 group["lr"] = factor * lr
         loss = torch.zeros((), device=device)
-        for part, (clips, captions) in zip(range(rank, a.parts, world_size), batch):
+        for part, (clips, captions) in batch:
             torch.manual_seed(mix_seed(a.seed, step * 2**10 + part))  # all draws of this part
             with autocast:
                 with torch.no_grad():

@@ -32,9 +32,12 @@ def find(path):
 
 
 def caption_of(path):
-    """The text in NAME.txt beside a picture or clip NAME, "" without such a file."""
-    note = path.parent / f"{path.stem}.txt"
-    return note.read_text("utf-8-sig", "replace").strip() if note.is_file() else ""
+    """The text in NAME.txt beside a picture or clip NAME, or beside the file it links to; "" without such a file."""
+    for place in (path, path.resolve()):
+        note = place.parent / f"{place.stem}.txt"
+        if note.is_file():
+            return note.read_text("utf-8-sig", "replace").strip()
+    return ""
 
 
 def to_rgb(image):
