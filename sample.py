@@ -79,8 +79,9 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
 
         The states are (branches * batch * count, dim).
         """
-        part, places = slice(begin * n, end * n), (chosen - begin * n).repeat(branches, 1)
+        part = slice(begin * n, end * n)
         x_part, masked_part = x[:, part].repeat(branches, 1, 1), masked[:, part].repeat(branches, 1)
+        places = (chosen - begin * n).repeat(branches, 1)  # in the part
         return model.hidden(x_part, masked_part, text, grid, begin, cache, places, next_frame).flatten(0, 1)
 
     # One frame after the other; a model of the total-mask loss fills all of them as one large picture.
@@ -91,14 +92,18 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
             cache.length = begin * n
         if then and begin in then:
             text = model.read_text(then[begin] * branches, null)
-        # With the total-mask loss all frames are drawn as the first one behind a given one is.
-        now = frame_sampling(sampling, begin, n_given) if next_frame else frame_sampling(sampling, 1, 1)
+        if next_frame:
+            now = frame_sampling(sampling, begin, n_given)
+        else:  # all frames are drawn as the first one behind a given one is
+            now = frame_sampling(sampling, 1, 1)
         places = begin * n + (~known[begin * n:end * n]).nonzero()[:, 0]
         order = places[torch.rand(batch, len(places), device=device).argsort(1)]  # random, for each clip (MAR)
         counts = unmask_counts(len(places), now.unmask_steps * (end - begin))
+        first = begin if cache else 0  # earlier frames are in the cache
+        last = end if causal else frames  # full attention reads the later [MASK]s, too
         steps = tqdm(order.split(counts, 1), "steps", leave=False, disable=not progress)
         for step, chosen in enumerate(steps, 1):
-            z = hidden(begin if cache else 0, end if causal else frames, chosen)
+            z = hidden(first, last, chosen)
             guidance = guidance_at(now, sum(counts[:step]) / len(places)) if branches == 2 else None
             noise = torch.randn(chosen.numel(), channels, device=device)
             denoise = model.diffusion_mlp.denoiser(z, diffusion.timesteps)
@@ -191,7 +196,7 @@ def options_parser():
     given.add_argument("--context", type=number(int, 1), help="latent frames of --video that are given (2)")
     add("--prompt", help="what happens (the text in NAME.txt beside the picture)")
     add("--then", nargs=2, action="append", default=[], metavar=("FRAME", "PROMPT"),
-        help="another prompt from this pixel frame on (none)")
+        help="another prompt from the latent frame on that holds this pixel frame (none)")
     add("--n", type=number(int, 1), default=1, help="clips, made in one batch (1)")
     add("--out", type=Path, help=".gif, .webp, .png (animated) or .mp4, which needs av (out/NAME.gif)")
     add("--watch", action="store_true", help="also NAME-watch.gif: the first clip after each unmasking step (off)")
@@ -251,15 +256,18 @@ def main():
     model, tokenizer, _, sampling, frames, size, autocast = open_model(a)
     device, stride = next(model.parameters()).device, tokenizer.stride[0]
     latent_frames = 1 + (frames - 1) // stride
-    n_given = (a.context or 2) if a.video else 1 if a.img else 0
-    if a.box:  # editing: all frames are given
-        n_given = latent_frames
+    if a.box:  # editing: all frames are given, and all are made anew
+        n_given = made = latent_frames
+    else:
+        n_given = (a.context or 2) if a.video else int(bool(a.img))
+        made = latent_frames - n_given
     first = 1 + stride * (n_given - 1)  # the first pixel frame that is generated
-    if n_given >= latent_frames and not a.box:
+    if made <= 0:
         raise Bad(f"--frames {frames}: {first} are given already; ask for {first + stride} or more")
-    source = find(a.img or a.video or Path("clip"))
+    source = find(a.img or a.video or Path("clip"))  # from text alone, the name of what is written
     prompt = a.prompt if a.prompt is not None else caption_of(source)
-    print(f"prompt: {prompt[:200]!r}" + (f" (beside {relpath(source)})" if prompt and a.prompt is None else ""))
+    beside = f" (beside {relpath(source)})" if prompt and a.prompt is None else ""
+    print(f"prompt: {prompt[:200]!r}{beside}")
     out = a.out or Path(f"out/{source.stem}.gif")
     paths = [out if a.n == 1 else out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(a.n)]
     strip, watched = out.with_name(f"{out.stem}-strip.png"), out.with_name(f"{out.stem}-watch.gif")
@@ -289,9 +297,8 @@ def main():
     write_strip(strip, clips, stride)
     if a.watch:
         write_video(watched, watched_steps, 3)
-    each = seconds / (latent_frames - (0 if a.box else n_given))
     print(f"wrote {', '.join(map(str, paths + [watched] * a.watch))} and {strip}: "
-          f"{seconds:.1f} s, {each:.2f} s per latent frame ({device})")
+          f"{seconds:.1f} s, {seconds / made:.2f} s per latent frame ({device})")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ from sample import FORMAT, build_model, generate, load_checkpoint
 from tokenizer import check_size, check_tokens, open_text, open_tokenizer
 from videomar import PRESETS, Sampling, VideoMAR
 
-WARMUP, CLIP = 100, 3.0  # steps; norm of the gradients (MAR)
+WARMUP = 100  # steps
+CLIP = 3.0  # highest norm of the gradients (MAR)
 EMA = 0.9999  # highest decay of the averaged weights (MAR), reached after 300,000 steps
 INNER = ("blocks.", "diffusion_mlp.modulate", "diffusion_mlp.mlps")  # modules whose matrices Muon takes
 MUON = 3  # times the learning rate of AdamW (measured)
@@ -109,6 +110,9 @@ def read_options(argv=None):
     fill(PRESETS[a.preset]["training"])
     fill(source.training)
     a.steps = stage_steps(a.frames, a.steps, PRESETS[a.preset]["steps"])
+    if a.resume and stage_ends(a.steps, checkpoint["step"]) != stage_ends(kept["steps"], checkpoint["step"]):
+        before = ",".join(map(str, kept["steps"]))
+        raise Bad(f"--resume: --steps was {before}, and stages that are done stay so; change the last number alone")
     if a.batch % a.parts or a.parts % ranks()[1]:
         raise Bad(f"--batch {a.batch} in --parts {a.parts} on {ranks()[1]} ranks: each must be a multiple of the next")
     check_writable(a.out / "ckpt.pt")
@@ -122,6 +126,11 @@ def stage_steps(frames, steps, table):
     if len(steps) not in (1, len(frames)):
         raise Bad(f"--steps has {len(steps)} numbers for {len(frames)} stages; give one, or one for each stage")
     return list(steps) * (len(frames) // len(steps))
+
+
+def stage_ends(steps, done):
+    """After which of the first `done` training steps each stage ends."""
+    return [min(done, sum(steps[:i + 1])) for i in range(len(steps))]
 
 
 def get_lr(a, step):
@@ -168,7 +177,7 @@ def make_tokenizer(a, source, checkpoint, device):
         check_tokens(tokenizer, packed, owner)
     for frames in a.frames:
         check_size(tokenizer.stride, frames, *a.size)
-        if frames <= tokenizer.stride[0]:
+        if frames == 1:
             raise Bad(f"--frames {frames}: {1 + tokenizer.stride[0]} are needed at least, for one latent frame more")
     source.held_out(1, max(a.frames), a.size)  # raises Bad now if no clip is long enough for the last stage
     if not tokenizer.measured:
@@ -299,8 +308,10 @@ def main():
     batches = read_ahead(load, range(step, total), workers, source.processes)
     start, bar = time.time(), tqdm(total=total, initial=step, disable=rank > 0, smoothing=0.05, mininterval=1)
     while step < total and not stop:
-        tick, (stage, t) = time.time(), schedule[step]
-        batch, lr = next(batches), get_lr(a, step)
+        tick = time.time()
+        stage, t = schedule[step]
+        batch = next(batches)
+        lr = get_lr(a, step)
         for optimiser, factor in zip(optimisers, (1, MUON)):
             for group in optimiser.param_groups:
                 group["lr"] = factor * lr
@@ -328,14 +339,16 @@ def main():
             optimiser.zero_grad(set_to_none=True)
         step += 1
         with torch.no_grad():  # the average spans the last thirtieth of the steps so far, until EMA bounds it
+            decay = min(EMA, 1 - 30 / (step + 30))
             for average, weight in zip(ema.parameters(), model.parameters()):
-                average.lerp_(weight, 1 - min(EMA, 1 - 30 / (step + 30)))
+                average.lerp_(weight, 1 - decay)
         if not norm.isfinite():  # read last, since a GPU stands still while its results are waited for
             again = "give --resume, or start anew if nothing was saved yet"
             raise Bad(f"step {step}: the gradients are not finite; {again}, and --lr {a.lr / 2:g} or lower")
         if rank == 0:
             ends = step == sum(a.steps[:stage + 1])
-            seconds, rate = time.time() - start, a.parts * latents[..., 0].numel() / (time.time() - tick)
+            seconds = time.time() - start
+            rate = a.parts * latents[..., 0].numel() / (time.time() - tick)  # tokens a second, of all ranks
             row = step, stage + 1, t, f"{loss.item():.5f}", f"{lr:.3g}", f"{seconds:.1f}"
             print(*row, sep=",", file=log)
             bar.set_postfix(stage=stage + 1, loss=f"{loss.item():.3f}", tok_s=f"{rate:.0f}", refresh=False)

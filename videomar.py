@@ -77,7 +77,7 @@ PRESETS = {
         "model": Config(),
         "training": dict(size=(256, 256), frames=(5, 13, 25), batch=64, optimiser="adamw", lr=1e-4, noise=0, frame0=0),
         "steps": {5: 50000, 13: 50000, 25: 100000},
-        "sampling": dict(cfg=3.0, temperature="progressive"),
+        "sampling": dict(cfg=3.0, temperature="progressive"),  # on the drawn world, too
     },
 }
 
@@ -239,10 +239,11 @@ class Diffusion(nn.Module):
         beta = 1 - abar / before
         variance = beta * (1 - before) / (1 - abar)  # of the posterior q(x_{i-1} | x_i, x_0)
         variance[0] = variance[1] if steps > 1 else beta[0]  # it is 0 there, and its logarithm is needed
-        table = torch.stack([
-            abar.sqrt(), (1 - abar).sqrt(),  # x_i = a x_0 + s noise
-            beta * before.sqrt() / (1 - abar), (1 - before) * (1 - beta).sqrt() / (1 - abar),  # posterior mean
-            variance.log(), beta.log()])  # the two bounds of the learned log variance
+        a, s = abar.sqrt(), (1 - abar).sqrt()  # x_i = a x_0 + s noise
+        c0 = beta * before.sqrt() / (1 - abar)  # the posterior's mean is c0 x_0 + cx x_i
+        cx = (1 - before) * (1 - beta).sqrt() / (1 - abar)
+        low, high = variance.log(), beta.log()  # the bounds of the learned log variance
+        table = torch.stack([a, s, c0, cx, low, high])
         self.register_buffer("table", table.float()[..., None], persistent=False)  # (6, steps, 1)
         self.register_buffer("timesteps", timesteps, persistent=False)
 
@@ -385,13 +386,14 @@ class VideoMAR(nn.Module):
                 nn.init.zeros_(module.weight)
 
     def read_text(self, captions, null):
-        """Captions, and null (batch,), True where the learned null replaces all words, as it does an empty caption.
+        """Captions, and null (batch,), True where the learned null replaces all words, as it does without any word.
 
         -> what `hidden` takes: keys and values of each block's cross-attention (2, batch, head, word, d), and the mask
         (batch, 1, 1, word).
         """
         states, mask = self.text(captions)
-        null = null | torch.tensor([not caption.strip() for caption in captions], device=null.device)
+        empty = [not any(map(str.isalnum, caption)) for caption in captions]
+        null = null | torch.tensor(empty, device=null.device)
         states = self.text_in(torch.where(null[:, None, None], self.null_text, states))
         return [block.text_keys_values(states) for block in self.blocks], mask[:, None, None]
 
@@ -439,7 +441,8 @@ class VideoMAR(nn.Module):
 
         Only one frame carries loss: a later one would read [MASK]s of frame t where sampling has its values. Under
         frame-causal attention frame t sees nothing after itself, so the sequence is cut there: the same loss and
-        gradients for less work (ours). t = 0 trains frame 0 from the text alone. -> mean over tokens, scalar, float32.
+        gradients for less work (ours); cut=False is there to compare. t = 0 trains frame 0 from the text alone.
+        -> mean over tokens, scalar, float32.
         """
         config = self.config
         batch, frames, *grid, _ = x.shape

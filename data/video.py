@@ -81,14 +81,18 @@ def timeline(path, changed):
 def pictures(path, frames, fps, place, length):
     """Yields the pictures that `read_clip` returns, in their full size."""
     times, seconds = timeline(path, path.stat().st_mtime_ns)
-    count = round(seconds * fps) if fps else len(times)
+    shown = np.arange(len(times))
+    if path.suffix.lower() not in VIDEOS:  # animations join equal neighbours: the shortest picture tells the rate
+        lasting = np.diff([*times, seconds])
+        shown = shown.repeat(np.round(lasting / lasting.min()).astype(int))
+    count = round(seconds * fps) if fps else len(shown)
     if count < length:
         raise Bad(f"{path}: {count} frames, {length} are needed; give a longer one, or fewer --frames or --context")
     if fps:  # what is on the screen at these moments
         moments = place * max(0, seconds - length / fps) + np.arange(frames) / fps
         chosen = np.searchsorted(times, moments + 6e-4, side="right") - 1  # files count in ms
     else:
-        chosen = round(place * (count - length)) + np.arange(frames)
+        chosen = shown[round(place * (count - length)) + np.arange(frames)]
     if path.suffix.lower() in VIDEOS:
         with need("av", path).open(str(path)) as file:
             stream = file.streams.video[0]

@@ -113,6 +113,10 @@ def test_frame_rate_and_crop(folder):
     write_video(folder / "c.webp", still, 12)  # which counts in whole milliseconds
     assert np.array_equal(read_clip(folder / "c.webp", (30, 20), 9, fps=12), still)
     assert np.array_equal(read_clip(folder / "c.webp", (30, 20), 9, fps=12, place=1.0), still)
+    changing = np.repeat(video[:4], [3, 1, 2, 3], 0)
+    write_video(folder / "e.webp", changing, 12)
+    assert np.array_equal(read_clip(folder / "e.webp", (30, 20), 9), changing)  # the one alone tells the rate
+    assert np.array_equal(read_clip(folder / "e.webp", (30, 20), 4, place=1.0), changing[5:])
     assert (clip[0, 0] == 0).any() and read_clip(folder / "a.webp", (10, 10), 20).shape == (20, 10, 10, 3)
     with pytest.raises(Bad, match="10 frames, 11 are needed"):
         read_clip(folder / "a.webp", (10, 10), 11, fps=5)

@@ -335,6 +335,17 @@ def test_resume_refuses_what_would_repeat_or_skip_clips(folder, monkeypatch, tin
     assert checkpoint("out/ckpt.pt")["step"] == 2
 
 
+def test_a_resumed_run_may_get_longer_but_its_past_stays(folder, monkeypatch, tiny_files):
+    """One number for all stages would send a run that is in the second one back to the first."""
+    assert run_train(monkeypatch, *ARGS, "--tokenizer", tiny_files / "tokenizer.pt") == 0
+    for steps in ("9", "4,3", "3,2"):
+        with pytest.raises(Bad, match="--resume: --steps was 3,3, and stages that are done stay so"):
+            train.read_options(["--resume", "--steps", steps])
+    a, *_ = train.read_options(["--resume", "--steps", "3,9"])
+    assert a.steps == [3, 9]
+    assert train.stage_ends([3, 3], 2) == train.stage_ends([4, 9], 2) != train.stage_ends([1, 9], 2)
+
+
 def test_nothing_of_an_earlier_run_is_lost(folder, monkeypatch, tiny_files):
     """Its checkpoint when another one begins in its folder; its log and its checkpoint when one that goes on fails."""
     args = [*ARGS, "--tokenizer", tiny_files / "tokenizer.pt"]
