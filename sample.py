@@ -6,7 +6,7 @@
 """
 import time
 from dataclasses import fields, replace
-from os.path import relpath
+from os.path import realpath, relpath
 from pathlib import Path
 
 import data  # before torch, for Ctrl-C
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.files import DATA, Bad, Parser, choose_hardware, load, number, run, sizes
+from data.files import DATA, Bad, Parser, check_writable, choose_hardware, load, number, run, sizes
 from data.video import (caption_of, check_out, draw_step, enlarge, find, read_clip, to_float, to_uint8, write_strip,
                         write_video)
 from tokenizer import check_size, check_tokens, open_text, open_tokenizer
@@ -197,7 +197,7 @@ def options_parser():
     add("--prompt", help="what happens (the text in NAME.txt beside the picture)")
     add("--then", nargs=2, action="append", default=[], metavar=("FRAME", "PROMPT"),
         help="another prompt from the latent frame on that holds this pixel frame (none)")
-    add("--n", type=number(int, 1), default=1, help="clips, made in one batch (1)")
+    add("--n", type=number(int, 1, 1000), default=1, help="clips, made in one batch (1)")
     add("--out", type=Path, help=".gif, .webp, .png (animated) or .mp4, which needs av (out/NAME.gif)")
     add("--watch", action="store_true", help="also NAME-watch.gif: the first clip after each unmasking step (off)")
     add_model_options(parser)
@@ -271,7 +271,10 @@ def main():
     out = a.out or Path(f"out/{source.stem}.gif")
     paths = [out if a.n == 1 else out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(a.n)]
     strip, watched = out.with_name(f"{out.stem}-strip.png"), out.with_name(f"{out.stem}-watch.gif")
-    if source.resolve() in {path.resolve() for path in (*paths, strip, watched)}:
+    written = [*paths, strip, *[watched] * a.watch]
+    for path in written:
+        check_writable(path)
+    if realpath(source) in map(realpath, written):
         raise Bad(f"{source}: what is read would be overwritten; name another place with --out")
     keep = kept_tokens(a.box, size, tokenizer.stride).to(device) if a.box else None
     then = later_prompts(a, first, frames, stride, model.config)
@@ -297,7 +300,7 @@ def main():
     write_strip(strip, clips, stride)
     if a.watch:
         write_video(watched, watched_steps, 3)
-    print(f"wrote {', '.join(map(str, paths + [watched] * a.watch))} and {strip}: "
+    print(f"wrote {', '.join(map(str, written))}: "
           f"{seconds:.1f} s, {seconds / made:.2f} s per latent frame ({device})")
 
 

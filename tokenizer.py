@@ -343,8 +343,8 @@ def main():
     a = options_parser().parse_args()
     if not a.encode and a.tokenizer and a.tokenizer.is_dir():
         raise Bad(f"--tokenizer {a.tokenizer}: a Cosmos-Tokenizer is not trained here; give it with --encode")
-    if a.tokenizer and (a.stride or a.width):
-        raise Bad("--stride, --width: they are those of --tokenizer; leave them out")
+    if (a.tokenizer or a.encode) and (a.stride or a.width):
+        raise Bad("--stride, --width: they are those of the tokenizer that is there; leave them out")
     device, dtype, autocast = choose_hardware(a)
     check_writable(a.out / "x")
     torch.manual_seed(a.seed)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data.files import Bad, Parser, check_writable, choose_hardware, lock, mix_seed, number, ranks, run, save, sizes
 from data.latents import open_source
-from data.video import psnr, read_ahead, to_float, to_uint8, write_strip
+from data.video import psnr, read_ahead, to_float, to_tokens, to_uint8, write_strip
 from sample import FORMAT, build_model, generate, load_checkpoint
 from tokenizer import check_size, check_tokens, open_text, open_tokenizer
 from videomar import PRESETS, Sampling, VideoMAR
@@ -103,7 +103,7 @@ def read_options(argv=None):
     source = open_source(a.data, a.fps, a.out)
     if a.resume and source.files != checkpoint["files"]:
         raise Bad(f"--resume: --data {a.data} holds other clips than before; give it those, or start anew with --init")
-    fill(source.fixed)
+    fill({"size": source.size})
     if a.init:
         fill({name: kept[name] for name in ("preset", "size")})
     fill({"preset": "toy", "parts": ranks()[1], "seed": 0, "save_every": 500})
@@ -228,8 +228,8 @@ def estimate_psnr(a, stage, ema, sampling, tokenizer, source, device):
     """Samples 4 held-out clips -> their mean PSNR, and the path of a film strip, truth above and sample below."""
     clips, captions = source.held_out(4, a.frames[stage], a.size)
     torch.manual_seed(a.seed)
-    latents = source.latents(clips.to(device), tokenizer)
-    truth = source.video(clips.to(device), tokenizer)
+    latents = to_tokens(clips.to(device), tokenizer)
+    truth = tokenizer.decode(latents) if source.packed else to_float(clips.to(device))
     video = tokenizer.decode(generate(ema.eval(), latents[:, :1], captions, latents.shape[1], sampling))
     path = a.out / f"stage{stage + 1}-{a.frames[stage]}.png"
     write_strip(path, [to_uint8(clip) for pair in zip(truth, video) for clip in pair], tokenizer.stride[0])
@@ -320,7 +320,7 @@ def main():
             torch.manual_seed(mix_seed(a.seed, step * 2**10 + part))  # all draws of this part
             with autocast:
                 with torch.no_grad():
-                    latents = source.latents(clips.to(device), tokenizer)
+                    latents = to_tokens(clips.to(device), tokenizer)
                     # Ours, as if the tokenizer were a VAE. No prediction is finer than this noise, so ever finer
                     # backgrounds do not pay more than sprites in the right place; snr_clip serves the same end.
                     latents = latents + a.noise * torch.randn_like(latents)

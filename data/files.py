@@ -79,6 +79,8 @@ def sizes(like):
 # ------------------------------------------------------------------------------------------------------- files
 def check_writable(path):
     """Raises Bad unless a file can be written at `path`, whose folders may still be missing."""
+    if path.is_dir():
+        raise Bad(f"--out {path}: it is a folder; give the name of a file")
     folder = next(p for p in path.absolute().parents if p.exists())
     try:
         tempfile.TemporaryFile(dir=folder).close()
@@ -148,21 +150,17 @@ def need(package, what):
 
 
 # ----------------------------------------------------------------------------------------------------- devices
-def choose_device(name=None):
-    """The named device, or the best there is. Raises Bad for one that is not there."""
-    name = name or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+def choose_hardware(a):
+    """Device and dtype of the options, and a context in which the network computes in this dtype. Raises Bad."""
+    name = a.device or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # set by torchrun
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        torch.autocast(device.type)
     except (RuntimeError, AssertionError) as e:
         reason = str(e).split("\n")[0]
         raise Bad(f"--device {name}: there is none here ({reason}); --device cpu always works") from None
-
-
-def choose_hardware(a):
-    """The device and the dtype of the options, and a context in which the network computes in this dtype."""
-    device = choose_device(a.device)
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

@@ -61,7 +61,7 @@ class Latents(Source):
             raise Bad(f"{folder}: {len(self.clips)} clips in {len(shards)} shards, of which there should be "
                       f"{settings['shards']}; run tokenizer.py --encode again")
         self.size, self.frames, self.stride = settings["size"], settings["frames"], self.packed["stride"]
-        self.fixed, self.files = {"size": self.size}, [settings["files"], settings["crc"]]
+        self.files = [settings["files"], settings["crc"]]
         self.about = f"{folder}: {len(self.clips)} clips of latents, {self.frames} frames {self.size[0]}x{self.size[1]}"
 
     def batch(self, seeds, frames, size, length=None, change_until=0):
@@ -72,12 +72,6 @@ class Latents(Source):
         drawn = [self.clips[np.random.default_rng((seed, 1)).integers(len(self.clips))] for seed in seeds]
         latents = torch.stack([shard["latents"][row, :latent_frames].float() for shard, row in drawn])
         return latents, [shard["captions"][row] for shard, row in drawn]
-
-    def latents(self, clips, tokenizer):
-        return clips
-
-    def video(self, clips, tokenizer):
-        return tokenizer.decode(clips)
 
 
 def open_source(path=None, fps=None, out=None):

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
 from itertools import islice
+from os.path import realpath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,7 +35,7 @@ def find(path):
 
 def caption_of(path):
     """The text in NAME.txt beside a picture or clip NAME, or beside the file it links to; "" without such a file."""
-    for place in (path, path.resolve()):
+    for place in (path, Path(realpath(path))):
         note = place.parent / f"{place.stem}.txt"
         if note.is_file():
             return note.read_text("utf-8-sig", "replace").strip()
@@ -145,7 +147,7 @@ class Source:
     """
 
     about, files, skipped, processes = "", None, {}, False
-    packed, fixed = None, {}  # of latents: their tokenizer, and options that follow from them
+    packed, size = None, None  # of latents: their tokenizer, and the size of the clips that they are of
     sampling, training = {}, {"noise": 0.0, "frame0": 0.0}
 
     def batch(self, seeds, frames, size, **options):
@@ -156,14 +158,6 @@ class Source:
     def held_out(self, count, frames, size):
         """Clips for the film strips. Those of a folder are not held out in truth: training just does not draw them."""
         return self.batch(range(2**62, 2**62 + count), frames, size)
-
-    def latents(self, clips, tokenizer):
-        """What `batch` returns, on the device -> tokens."""
-        return tokenizer.encode(to_float(clips))
-
-    def video(self, clips, tokenizer):
-        """What `batch` returns, on the device -> pixels in [-1, 1]."""
-        return to_float(clips)
 
 
 class Folder(Source):
@@ -247,6 +241,11 @@ def to_float(video):
     return video.permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1)  # in place: the largest tensors of a step
 
 
+def to_tokens(clips, tokenizer):
+    """What a `Source` gives, on the device -> tokens: pixels are encoded, latents are tokens already."""
+    return tokenizer.encode(to_float(clips)) if clips.dtype == torch.uint8 else clips
+
+
 def to_uint8(video):
     """(3, frames, H, W) in [-1, 1] -> numpy uint8 (frames, H, W, 3)."""
     return ((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
@@ -271,8 +270,8 @@ def write_strip(path, rows, every):
 
 def draw_step(tokenizer, latents, masked, t, step, counts):
     """What `generate` tells `watch` -> the film strip of the first clip so far, uint8 (H, W, 3), grey for [MASK]."""
-    video = tokenizer.decode(latents)[:, :, ::tokenizer.stride[0]]
-    video *= F.interpolate(masked[:, None].float(), video.shape[2:]) == 0  # 0 is grey
+    video = tokenizer.decode(latents[:1])[:, :, ::tokenizer.stride[0]]
+    video *= F.interpolate(masked[:1, None].float(), video.shape[2:]) == 0  # 0 is grey
     strip = np.hstack(enlarge(to_uint8(video[0])))
     title = (f"latent frame {t} of {latents.shape[1] - 1}, step {step} of {len(counts)}:\n"
              f"{sum(counts[step:])} of {sum(counts)} tokens left")

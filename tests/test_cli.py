@@ -268,6 +268,8 @@ def make_bad_files(folder, tiny_files):
     (folder / "evil.pkl").write_bytes(pickle.dumps(Malicious()))
     (folder / "file").write_text("precious")
     (folder / "nothing").mkdir()
+    for name in ("folder.gif", "many-1.gif"):
+        (folder / name).mkdir()
 
 
 CAT = ["--img", "cat.png"]
@@ -301,7 +303,7 @@ BAD = [
     ([*CAT, "--diffusion-steps", "1"], ["--diffusion-steps", "1 should be from 2 to 1000"]),
     ([*CAT, "--temperature", "hot"], ["--temperature", "hot", "progressive"]),
     ([*CAT, "--temperature", "3"], ["--temperature", "3 should be from 0 to 2"]),
-    ([*CAT, "--n", "0"], ["--n", "0 should be", "1"]),
+    ([*CAT, "--n", "0"], ["--n", "0 should be from 1 to 1000"]),
     ([*CAT, "--fps", "0"], ["--fps", "0 should be from 1 to 240"]),
     ([*CAT, "--seed", "-1"], ["--seed", "-1 should be from 0"]),
     ([*CAT, "--seed", str(2**63)], ["--seed"]),
@@ -318,6 +320,8 @@ BAD = [
     (["--video", "one.png", "--out", "one.png"], ["one.png", "overwritten", "--out"]),
     ([*CAT, "--out", "."], ["--out ."]),
     ([*CAT, "--out", ".."], ["--out .."]),
+    ([*CAT, "--out", "folder.gif"], ["folder.gif", "is a folder"]),
+    ([*CAT, "--out", "many.gif", "--n", "2"], ["many-1.gif", "is a folder"]),
     ([*CAT, "--out", "a.bmp"], [".bmp", ".gif"]),
     ([*CAT, "--out", "clip"], ["--out clip", "its ending must be .gif"]),
     ([*CAT, "--out", "file/a.gif"], ["file/a.gif", "not a folder"]),
@@ -326,6 +330,7 @@ BAD = [
     ([*CAT, "--device", "cpu:x"], ["--device cpu:x", "cpu"]),
     ([*CAT, "--device", "cuda"], ["--device cuda", "cpu"]),
     ([*CAT, "--device", "toaster"], ["--device toaster", "cpu"]),
+    ([*CAT, "--device", "meta"], ["--device meta", "cpu"]),
     ([*CAT, "--tokenizer", "nowhere"], ["nowhere", "no such file"]),
     ([*CAT, "--tokenizer", "nothing"], ["nothing", "encoder.jit"]),
     ([*CAT, "--ckpt", "notok.pt"], ["notok.pt: its tokenizer does not fit", "tokenizer.py"]),
@@ -480,6 +485,7 @@ def test_bad_input_to_training(folder, tiny_files, monkeypatch, capsys, args, wo
     (["--stride", "4x32x32", "--width", "16"], ["--stride", "up to --width 16", "32 and 32"]),
     (["--stride", "4096x8x8"], ["25 frames", "4096"]),
     (["--stride", "4x8x8", "--tokenizer", "tokenizer.pt"], ["--stride, --width", "leave them out"]),
+    (["--encode", ".", "--stride", "4x8x8"], ["--stride, --width", "leave them out"]),
     (["--tokenizer", "."], ["--tokenizer .", "--encode"]),
 ])
 def test_bad_input_to_the_tokenizer(folder, tiny_files, monkeypatch, capsys, args, words):

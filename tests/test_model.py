@@ -216,7 +216,7 @@ def test_text_is_read_and_padding_is_not():
     null = first(["a red cat"], True)
     assert not torch.allclose(alone, null, atol=1e-3)
     for caption in ("so many other words here", "", "  ", "?!"):
-        assert torch.allclose(null, first([caption], "words" in caption), atol=1e-5)  # without a word it is the null, too
+        assert torch.allclose(null, first([caption], "words" in caption), atol=1e-5)  # no word is the null, too
 
 
 @torch.no_grad()
