@@ -166,11 +166,12 @@ def test_mp4_names_the_missing_package(folder):
 def test_what_cannot_be_used_is_skipped_once_and_counted(folder, capsys):
     fill(folder / "clips")
     (folder / "clips/broken.gif").write_bytes(b"GIF89a nothing more")
+    (folder / "clips/loop.gif").symlink_to("loop.gif")
     write_video(folder / "clips/short.gif", np.zeros((3, *SIZE, 3), np.uint8), 10)
     source = Folder(folder / "clips")
     source.batch(range(60), 9, SIZE)
     err = capsys.readouterr().err
-    assert err.count("broken.gif") == 1 and err.count("short.gif: ") == 1 and len(source.skipped) == 2
+    assert err.count("broken.gif") == 1 and err.count("short.gif: ") == 1 and len(source.skipped) == 3
     clean = Folder(folder / "clips").batch(range(20), 9, SIZE)
     assert torch.equal(clean[0], source.batch(range(20), 9, SIZE)[0])  # known as bad or not: the same clips
     for path in (folder / "clips").iterdir():
