@@ -50,14 +50,6 @@ def to_rgb(image):
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
 
 
-def upright(frame, stretch):
-    """A frame of a video as a player shows it: its pixels made square, and turned as the phone was held."""
-    image = frame.to_image()
-    if stretch:
-        image = image.resize((round(image.width * stretch), image.height))
-    return image.rotate(frame.rotation, expand=True)
-
-
 @lru_cache(100_000)  # of an animation or a video it reads the whole file
 def timeline(path, changed):
     """When each picture of a clip appears, and when the last one goes, in seconds.
@@ -99,14 +91,15 @@ def pictures(path, frames, fps, place, length):
         with need("av", path).open(str(path)) as file:
             stream = file.streams.video[0]
             start = float((stream.start_time or 0) * stream.time_base)
+            stretch = stream.sample_aspect_ratio or 1  # of pixels that are not square
             file.seek(int((start + times[chosen[0]]) / stream.time_base), stream=stream)  # or to the key frame before
-            wanted = list(chosen)
-            for frame in file.decode(stream):
-                while wanted and frame.time - start > times[wanted[0]] - 1e-6:
-                    wanted.pop(0)
-                    yield upright(frame, stream.sample_aspect_ratio)
-                if not wanted:
-                    return
+            decoded = file.decode(stream)
+            frame = next(decoded)
+            for moment in times[chosen]:
+                while frame.time - start < moment - 1e-6:
+                    frame = next(decoded)
+                image = frame.to_image(width=round(frame.width * stretch))
+                yield image.rotate(frame.rotation, expand=True)  # as the phone was held
     else:
         with Image.open(path) as image:
             for i in chosen:
@@ -117,14 +110,12 @@ def pictures(path, frames, fps, place, length):
 def read_clip(path, size, frames=1, fps=None, place=0.0, length=None):
     """The first `frames` of `length` successive pictures of a file -> uint8 (frames, H, W, 3).
 
-    Pictures are cropped in the middle to the aspect of size (height, width), and resized. fps: pictures a second,
-    all of them by default; place in [0, 1]: from the clip's beginning to its end. Raises Bad.
+    Pictures are cropped in the middle to the aspect of size (height, width), and resized. fps: pictures a second, by
+    default the file's; place in [0, 1]: from the clip's beginning to its end. Raises Bad.
     """
     try:
         clip = [np.asarray(ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS))
                 for picture in pictures(path, frames, fps, place, length or frames)]
-        if len(clip) < frames:
-            raise EOFError  # the file ends before its own index does
         return np.stack(clip)
     except (Bad, MemoryError):
         raise
@@ -140,15 +131,15 @@ class Source:
     """Where training takes clips from: `World` (data/world.py), `Folder` below, `Latents` (data/latents.py).
 
     draw(seed, frames, size, length, change_until) -> the first `frames` of a clip that has `length` pixel frames, and
-    its caption: a function of the seed. Only the world heeds change_until; `Latents` has `batch` alone, which gives
-    latents. about: a line for the log; files: what tells on --resume that they are the same; skipped: what could not be
-    used. sampling, training: defaults of train.py for this source.
-    processes: whether `read_ahead` takes processes.
+    its caption: a function of the seed. Only the world heeds change_until; `Latents` has `batch` alone.
     """
 
-    about, files, skipped, processes = "", None, {}, False
+    about = ""  # a line for the log
+    files = None  # equal if --resume finds the same files
+    skipped = {}  # {file that could not be used: why}
+    processes = False  # whether `read_ahead` takes processes
     packed, size = None, None  # of latents: their tokenizer, and the size of the clips that they are of
-    sampling, training = {}, {"noise": 0.0, "frame0": 0.0}
+    sampling, training = {}, {"noise": 0.0, "frame0": 0.0}  # defaults of train.py for this source
 
     def batch(self, seeds, frames, size, **options):
         """-> video uint8 (batch, frames, H, W, 3), captions."""
