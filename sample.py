@@ -235,7 +235,8 @@ def check(a):
         raise Bad("nothing to start from: give --img PICTURE (try --img cat.png), --video CLIP or --prompt TEXT")
     if (a.box or a.context) and not a.video:
         raise Bad("--box, --context: they tell what of a clip is given; name it with --video")
-    check_out(a.out or Path("out/x.gif"))
+    if a.out:
+        check_out(a.out)
 
 
 def later_prompts(a, first, frames, stride, config):

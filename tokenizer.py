@@ -346,7 +346,7 @@ def main():
     if (a.tokenizer or a.encode) and (a.stride or a.width):
         raise Bad("--stride, --width: they are those of the tokenizer that is there; leave them out")
     device, dtype, autocast = choose_hardware(a)
-    check_writable(a.out / "x")
+    check_writable(a.out / ".part")
     torch.manual_seed(a.seed)
     if a.encode:
         return encode(a, device)

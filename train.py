@@ -112,7 +112,7 @@ def read_options(argv=None):
     a.steps = stage_steps(a.frames, a.steps, PRESETS[a.preset]["steps"])
     if a.resume and stage_ends(a.steps, checkpoint["step"]) != stage_ends(kept["steps"], checkpoint["step"]):
         before = ",".join(map(str, kept["steps"]))
-        raise Bad(f"--resume: --steps was {before}, and stages that are done stay so; change the last number alone")
+        raise Bad(f"--resume: --steps was {before}, and stages that are done stay so; give a larger last number alone")
     if a.batch % a.parts or a.parts % ranks()[1]:
         raise Bad(f"--batch {a.batch} in --parts {a.parts} on {ranks()[1]} ranks: each must be a multiple of the next")
     check_writable(a.out / "ckpt.pt")

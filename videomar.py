@@ -386,7 +386,7 @@ class VideoMAR(nn.Module):
                 nn.init.zeros_(module.weight)
 
     def read_text(self, captions, null):
-        """Captions, and null (batch,), True where the learned null replaces all words, as it does without any word.
+        """Captions, and null (batch,), True where the learned null replaces all words, as it does if there are none.
 
         -> what `hidden` takes: keys and values of each block's cross-attention (2, batch, head, word, d), and the mask
         (batch, 1, 1, word).

@@ -78,7 +78,8 @@ def pictures(path, frames, fps, place, length):
     shown = np.arange(len(times))
     if path.suffix.lower() not in VIDEOS:  # animations join equal neighbours: the shortest picture tells the rate
         lasting = np.diff([*times, seconds])
-        shown = shown.repeat(np.round(lasting / lasting.min()).astype(int))
+        shortest = lasting[:-1].min(initial=lasting.max())  # the last picture may be cut short
+        shown = shown.repeat(np.maximum(1, np.round(lasting / shortest)).astype(int))
     count = round(seconds * fps) if fps else len(shown)
     if count < length:
         raise Bad(f"{path}: {count} frames, {length} are needed; give a longer one, or fewer --frames or --context")
@@ -94,10 +95,12 @@ def pictures(path, frames, fps, place, length):
             stretch = stream.sample_aspect_ratio or 1  # of pixels that are not square
             file.seek(int((start + times[chosen[0]]) / stream.time_base), stream=stream)  # or to the key frame before
             decoded = file.decode(stream)
-            frame = next(decoded)
+            frame = next(decoded, None)
             for moment in times[chosen]:
-                while frame.time - start < moment - 1e-6:
-                    frame = next(decoded)
+                while frame and frame.time - start < moment - 1e-6:
+                    frame = next(decoded, None)
+                if not frame:
+                    raise EOFError  # the file ends before its own index does
                 image = frame.to_image(width=round(frame.width * stretch))
                 yield image.rotate(frame.rotation, expand=True)  # as the phone was held
     else:

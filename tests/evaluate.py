@@ -264,7 +264,7 @@ def check(a):
         raise Bad(f"--out {a.out}: --prompts writes many clips; name a folder, without an ending")
     if a.prompts:
         need("av", "writing .mp4")
-        check_writable((a.out or Path("out")) / "x")
+        check_writable((a.out or Path("out")) / ".part")
     else:
         check_out(a.out or Path("out/eval.gif"))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from conftest import ROOT, script, tiny_tokenizer
 from test_cli import call
 from test_train import params, run_train, same
@@ -117,6 +118,9 @@ def test_frame_rate_and_crop(folder):
     write_video(folder / "e.webp", changing, 12)
     assert np.array_equal(read_clip(folder / "e.webp", (30, 20), 9), changing)  # the one alone tells the rate
     assert np.array_equal(read_clip(folder / "e.webp", (30, 20), 4, place=1.0), changing[5:])
+    first, *others = [Image.fromarray(frame) for frame in video]
+    first.save("f.webp", save_all=True, append_images=others, duration=[100] * 19 + [10], lossless=True)
+    assert np.array_equal(read_clip(folder / "f.webp", (30, 20), 20), video)  # a last one cut short does not
     assert (clip[0, 0] == 0).any() and read_clip(folder / "a.webp", (10, 10), 20).shape == (20, 10, 10, 3)
     with pytest.raises(Bad, match="10 frames, 11 are needed"):
         read_clip(folder / "a.webp", (10, 10), 11, fps=5)
