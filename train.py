@@ -110,9 +110,11 @@ def read_options(argv=None):
     fill(PRESETS[a.preset]["training"])
     fill(source.training)
     a.steps = stage_steps(a.frames, a.steps, PRESETS[a.preset]["steps"])
-    if a.resume and stage_ends(a.steps, checkpoint["step"]) != stage_ends(kept["steps"], checkpoint["step"]):
-        before = ",".join(map(str, kept["steps"]))
-        raise Bad(f"--resume: --steps was {before}, and stages that are done stay so; give a larger last number alone")
+    if a.resume:
+        before, done = kept["steps"], checkpoint["step"]
+        if stage_ends(a.steps, done) != stage_ends(before, done):
+            was = ",".join(map(str, before))
+            raise Bad(f"--resume: --steps was {was}, and stages that are done stay so; give a larger last number alone")
     if a.batch % a.parts or a.parts % ranks()[1]:
         raise Bad(f"--batch {a.batch} in --parts {a.parts} on {ranks()[1]} ranks: each must be a multiple of the next")
     check_writable(a.out / "ckpt.pt")
@@ -228,8 +230,9 @@ def estimate_psnr(a, stage, ema, sampling, tokenizer, source, device):
     """Samples 4 held-out clips -> their mean PSNR, and the path of a film strip, truth above and sample below."""
     clips, captions = source.held_out(4, a.frames[stage], a.size)
     torch.manual_seed(a.seed)
-    latents = to_tokens(clips.to(device), tokenizer)
-    truth = tokenizer.decode(latents) if source.packed else to_float(clips.to(device))
+    clips = clips.to(device)
+    latents = to_tokens(clips, tokenizer)
+    truth = tokenizer.decode(latents) if source.packed else to_float(clips)
     video = tokenizer.decode(generate(ema.eval(), latents[:, :1], captions, latents.shape[1], sampling))
     path = a.out / f"stage{stage + 1}-{a.frames[stage]}.png"
     write_strip(path, [to_uint8(clip) for pair in zip(truth, video) for clip in pair], tokenizer.stride[0])

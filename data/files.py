@@ -157,7 +157,7 @@ def choose_hardware(a):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.empty(0, device=name).device
-        torch.autocast(device.type)
+        torch.autocast(device.type)  # "meta" has none
     except (RuntimeError, AssertionError) as e:
         reason = str(e).split("\n")[0]
         raise Bad(f"--device {name}: there is none here ({reason}); --device cpu always works") from None
