@@ -9,7 +9,6 @@ from dataclasses import fields, replace
 from os.path import realpath, relpath
 from pathlib import Path
 
-import data  # before torch, for Ctrl-C
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -27,9 +26,9 @@ FORMAT = 1  # of checkpoints: another number means that they do not load
 def frame_sampling(sampling, t, n_given):
     """How latent frame t is drawn, if n_given frames are given: its temperature, guidance and unmasking steps.
 
-    A frame 0 that is not given (text-to-video, editing) has settings of its own (ours). Cold or without guidance it
-    would be the likeliest picture, an empty one; and tokens of one step do not see each other, so that in few steps two
-    sprites begin at once.
+    A frame 0 that is not given (text-to-video, editing) has settings of its own (ours). Without noise or guidance it
+    would be the likeliest picture, an empty one. Tokens of one step do not see each other: with few steps, two sprites
+    may begin at once. The total-mask loss draws all frames as the first one that is not given.
     """
     if t == 0:
         steps, cfg = 10 * sampling.unmask_steps, max(sampling.cfg, 5.0)
@@ -71,31 +70,28 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
     null = torch.arange(batch * branches, device=device) >= batch
     text = model.read_text(captions * branches, null)
     diffusion = Diffusion(config.timesteps, sampling.diffusion_steps).to(device)
-    causal, next_frame = config.attention == "causal", config.loss == "next-frame"
+    causal = config.attention == "causal"
     cache = Cache(config, batch * branches, frames * n, device, text[0][0].dtype) if use_cache and causal else None
 
     def hidden(begin, end, chosen):
-        """Runs frames begin to end - 1 -> states of the chosen tokens (batch, count), the caption's branch first.
+        """Runs frames begin to end - 1 -> states of the chosen tokens (batch, count), the captions' branch first.
 
         The states are (branches * batch * count, dim).
         """
         part = slice(begin * n, end * n)
         x_part, masked_part = x[:, part].repeat(branches, 1, 1), masked[:, part].repeat(branches, 1)
         places = (chosen - begin * n).repeat(branches, 1)  # in the part
-        return model.hidden(x_part, masked_part, text, grid, begin, cache, places, next_frame).flatten(0, 1)
+        return model.hidden(x_part, masked_part, text, grid, begin, cache, places).flatten(0, 1)
 
     # One frame after the other; a model of the total-mask loss fills all of them as one large picture.
-    groups = [(t, t + 1) for t in range(n_given, frames)] if next_frame else [(n_given, frames)]
+    groups = [(n_given, frames)] if config.loss == "total-mask" else [(t, t + 1) for t in range(n_given, frames)]
     for begin, end in tqdm(groups, "latent frames", disable=not progress):
         if cache and cache.length < begin * n:  # given or just finished frames run once more, and their keys stay
             hidden(cache.length // n, begin, torch.empty(batch, 0, dtype=torch.long, device=device))
             cache.length = begin * n
         if then and begin in then:
             text = model.read_text(then[begin] * branches, null)
-        if next_frame:
-            now = frame_sampling(sampling, begin, n_given)
-        else:  # all frames are drawn as the first one behind a given one is
-            now = frame_sampling(sampling, 1, 1)
+        now = frame_sampling(sampling, begin, n_given)
         places = begin * n + (~known[begin * n:end * n]).nonzero()[:, 0]
         order = places[torch.rand(batch, len(places), device=device).argsort(1)]  # random, for each clip (MAR)
         counts = unmask_counts(len(places), now.unmask_steps * (end - begin))
@@ -106,8 +102,7 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
             z = hidden(first, last, chosen)
             guidance = guidance_at(now, sum(counts[:step]) / len(places)) if branches == 2 else None
             noise = torch.randn(chosen.numel(), channels, device=device)
-            denoise = model.diffusion_mlp.denoiser(z, diffusion.timesteps)
-            tokens = diffusion.sample(denoise, noise, now.temperature, guidance, now.clamp)
+            tokens = diffusion.sample(model.diffusion_mlp, noise, z, now.temperature, guidance, now.clamp)
             x.scatter_(1, chosen[..., None].expand(-1, -1, channels), tokens.view(batch, -1, channels))
             masked.scatter_(1, chosen, False)
             if watch:
@@ -119,7 +114,7 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
 def load_checkpoint(path):
     """A file of train.py as a dict. Raises Bad."""
     checkpoint = load(path, "videomar")
-    if checkpoint.get("format") != FORMAT or not {"tokenizer", "options"} <= checkpoint.keys():
+    if checkpoint.get("format") != FORMAT:
         raise Bad(f"{path}: a checkpoint of another version of this code; train one with train.py")
     return checkpoint
 
@@ -239,14 +234,14 @@ def check(a):
         check_out(a.out)
 
 
-def later_prompts(a, first, frames, stride, config):
-    """--then as `generate` takes it: {latent frame: captions}. first: the first generated pixel frame. Raises Bad."""
+def later_prompts(a, given_frames, frames, stride, config):
+    """--then as `generate` takes it: {latent frame: captions}. frames, given_frames: in pixel frames. Raises Bad."""
     if a.then and (a.no_cache or a.box or not config.cuts):
         raise Bad("--then: it needs the cache of a causal next-frame model; leave out --no-cache and --box")
     then = {-(-int(frame) // stride): [prompt] * a.n for frame, prompt in a.then if frame.isdecimal()}
-    if len(then) < len(a.then) or not all(first <= stride * t < frames for t in then):
+    if len(then) < len(a.then) or not all(given_frames <= stride * t < frames for t in then):
         named = " ".join(frame for frame, _ in a.then)
-        raise Bad(f"--then {named}: give pixel frames that are generated, from {max(0, first)} to {frames - 1}, each "
+        raise Bad(f"--then {named}: give pixel frames that are generated, from {given_frames} to {frames - 1}, each "
                   f"in another latent frame, of {stride} pixel frames")
     return then
 
@@ -262,9 +257,9 @@ def main():
     else:
         n_given = (a.context or 2) if a.video else int(bool(a.img))
         made = latent_frames - n_given
-    first = 1 + stride * (n_given - 1)  # the first pixel frame that is generated
+    given_frames = 1 + stride * (n_given - 1) if n_given else 0  # pixel frames
     if made <= 0:
-        raise Bad(f"--frames {frames}: {first} are given already; ask for {first + stride} or more")
+        raise Bad(f"--frames {frames}: {given_frames} are given already; ask for {given_frames + stride} or more")
     source = find(a.img or a.video or Path("clip"))  # from text alone, the name of what is written
     prompt = a.prompt if a.prompt is not None else caption_of(source)
     beside = f" (beside {relpath(source)})" if prompt and a.prompt is None else ""
@@ -278,7 +273,7 @@ def main():
     if realpath(source) in map(realpath, written):
         raise Bad(f"{source}: what is read would be overwritten; name another place with --out")
     keep = kept_tokens(a.box, size, tokenizer.stride).to(device) if a.box else None
-    then = later_prompts(a, first, frames, stride, model.config)
+    then = later_prompts(a, given_frames, frames, stride, model.config)
 
     watched_steps = []
 
@@ -288,7 +283,7 @@ def main():
     start = time.time()
     with torch.no_grad(), autocast:
         if n_given:
-            pixels = torch.from_numpy(read_clip(source, size, first))
+            pixels = torch.from_numpy(read_clip(source, size, given_frames))
         else:
             pixels = torch.zeros(1, *size, 3)  # for the shape of its tokens
         given = tokenizer.encode(to_float(pixels[None].to(device)))[:, :n_given].repeat_interleave(a.n, 0)

@@ -1,8 +1,11 @@
 """Pixels to continuous tokens and back, words to text states: the two ends of the model.
 
-A video tokenizer has `stride` (frames, rows, columns), `channels`, `crc`, `hint`, `measured` (and `measure`, if that is
-False), `encode`, `decode` and `pack`; a text encoder is a module with `name` and `dim` that maps captions to states and
-a mask. Whatever has these can stand in for the classes here.
+A video tokenizer has `stride` (frames, rows, columns), `channels`, `encode`, `decode` and `pack`, and:
+    crc         a number that tells its tokens from those of others
+    hint        options that a command needs to open it again
+    measured    whether its tokens have unit variance; if not, `measure` sees to it
+A text encoder is a module with `name` and `dim` that maps captions to states and a mask. Whatever has these can stand
+in for the classes here.
 
     python tokenizer.py                              trains one of stride 4x8x8, for the first resolution
     python tokenizer.py --encode DIR --out LATENTS   encodes your clips once, for train.py --data LATENTS
@@ -12,7 +15,6 @@ import zlib
 from functools import lru_cache
 from pathlib import Path
 
-import data  # before torch, for Ctrl-C
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -63,8 +65,8 @@ def make_encoder(stride, channels, width, blocks):
 def make_decoder(stride, channels, width, blocks):
     """Tokens (batch, T, h, w, C) -> cells of 2x2 pixels of s frames (batch, T, H / 2, W / 2, 12 * s), in stages.
 
-    Each stage doubles the grid of the one before and halves its width. What a single linear map from a token to its
-    pixels can draw is a plane, and an edge anywhere at any angle does not lie in it.
+    Each stage doubles the grid of the one before and halves its width. A single linear map would mix a few fixed
+    patches for each token, and no such mixture is a sharp edge at any place and angle.
     """
     layers = [nn.Linear(channels, width), *[ResidualBlock(width) for _ in range(blocks)]]
     cell = stride[1]  # pixels from one grid point to the next
@@ -84,7 +86,7 @@ class Tokenizer(nn.Module):
     tokens unit variance; with these fixed, noise on the tokens in training does what a VAE's divergence term would.
     """
 
-    measured, hint = True, ""  # training gave the tokens unit variance; options that a command needs to open it again
+    measured, hint = True, ""
 
     def __init__(self, stride=(4, 8, 8), channels=16, width=192, blocks=3):
         super().__init__()
@@ -385,7 +387,7 @@ def main():
                 tokens = tokenizer.encode(video)
             std = 0.5 * torch.rand(a.batch, 1, 1, 1, 1, device=device)  # as wrong as the model's tokens may be
             again = tokenizer.decode(tokens + std * torch.randn_like(tokens))
-        # Minus the mean PSNR, in which each clip counts alike; heavy tails of the tokens would be harder to model.
+        # By the logarithm each clip counts alike, as in PSNR. Tokens beyond 3 cost: outliers are hard to model.
         loss = (again - video).square().mean((1, 2, 3, 4)).log().mean() + F.relu(tokens.abs() - 3).square().mean()
         loss.backward()
         nn.utils.clip_grad_norm_(vectors, 50.0)

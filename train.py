@@ -18,7 +18,6 @@ from pathlib import Path
 
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "10000")  # the CPU's kernels are made for each shape
 
-import data  # before torch, for Ctrl-C
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -37,8 +36,9 @@ EMA = 0.9999  # highest decay of the averaged weights (MAR), reached after 300,0
 INNER = ("blocks.", "diffusion_mlp.modulate", "diffusion_mlp.mlps")  # modules whose matrices Muon takes
 MUON = 3  # times the learning rate of AdamW (measured)
 ABLATIONS = ("attention", "loss", "position")
-OF_THIS_RUN = ("init", "resume", "out", "tokenizer", "device", "dtype", "compile", "recompute")  # no checkpoint keeps
-FREE = ("steps", "lr", "save_every", "data", "text")  # options in a checkpoint that --resume may change
+# Options that a checkpoint does not keep, and of those that it keeps the ones that --resume may change.
+OF_THIS_RUN = ("init", "resume", "out", "tokenizer", "device", "dtype", "compile", "recompute")
+FREE = ("steps", "lr", "save_every", "data", "text")
 
 
 def options_parser():
@@ -110,11 +110,9 @@ def read_options(argv=None):
     fill(PRESETS[a.preset]["training"])
     fill(source.training)
     a.steps = stage_steps(a.frames, a.steps, PRESETS[a.preset]["steps"])
-    if a.resume:
-        before, done = kept["steps"], checkpoint["step"]
-        if stage_ends(a.steps, done) != stage_ends(before, done):
-            was = ",".join(map(str, before))
-            raise Bad(f"--resume: --steps was {was}, and stages that are done stay so; give a larger last number alone")
+    if a.resume and (a.steps[:-1] != kept["steps"][:-1] or sum(a.steps) < checkpoint["step"]):
+        was = ",".join(map(str, kept["steps"]))
+        raise Bad(f"--resume: --steps was {was}; change the last number alone, and to no fewer steps than are done")
     if a.batch % a.parts or a.parts % ranks()[1]:
         raise Bad(f"--batch {a.batch} in --parts {a.parts} on {ranks()[1]} ranks: each must be a multiple of the next")
     check_writable(a.out / "ckpt.pt")
@@ -128,11 +126,6 @@ def stage_steps(frames, steps, table):
     if len(steps) not in (1, len(frames)):
         raise Bad(f"--steps has {len(steps)} numbers for {len(frames)} stages; give one, or one for each stage")
     return list(steps) * (len(frames) // len(steps))
-
-
-def stage_ends(steps, done):
-    """After which of the first `done` training steps each stage ends."""
-    return [min(done, sum(steps[:i + 1])) for i in range(len(steps))]
 
 
 def get_lr(a, step):
@@ -150,32 +143,31 @@ def make_schedule(a, stride):
     return schedule
 
 
-def get_batch(a, source, config, stride, stage, t, step, part):
-    """One part of the batch of a step, a function of seed, step and part -> clips, captions.
+def get_batch(a, source, config, stride, schedule, step):
+    """The parts of a step's batch that this rank computes -> [(number of the part, clips, captions)].
 
-    Clips end with latent frame t, unless later frames are read. Motions change before t.
+    A part is a function of the seed, the step and its number. Its clips end with latent frame t, unless the model reads
+    later ones. Motions change before t.
     """
+    stage, t = schedule[step]
     frames = 1 + t * stride if config.cuts else a.frames[stage]
     change_until = (t - 1) * stride if a.frame0 and config.loss == "next-frame" else 0
     size = a.batch // a.parts
-    first = a.seed * 2**40 + step * a.batch + part * size
-    seeds = range(first, first + size)
-    return source.batch(seeds, frames, a.size, length=a.frames[stage], change_until=change_until)
-
-
-def load_parts(a, source, config, stride, schedule, step):
-    """The parts of a step's batch that this rank computes -> [(number of the part, (clips, captions))]."""
-    stage, t = schedule[step]
     rank, world_size = ranks()
-    parts = range(rank, a.parts, world_size)
-    return [(part, get_batch(a, source, config, stride, stage, t, step, part)) for part in parts]
+    batch = []
+    for part in range(rank, a.parts, world_size):
+        first = a.seed * 2**40 + step * a.batch + part * size
+        seeds = range(first, first + size)
+        clips, captions = source.batch(seeds, frames, a.size, length=a.frames[stage], change_until=change_until)
+        batch.append((part, clips, captions))
+    return batch
 
 
 def make_tokenizer(a, source, checkpoint, device):
     """The tokenizer of the run; checks that it and the source have what each stage needs. Raises Bad."""
     packed, owner = (source.packed, a.data) if source.packed else (checkpoint.get("tokenizer"), a.init)
     tokenizer = open_tokenizer(a.tokenizer, packed, device, owner)
-    if a.resume or source.packed:  # while --init may go on to other tokens
+    if a.resume or source.packed:  # --init alone may go on to other tokens
         check_tokens(tokenizer, packed, owner)
     for frames in a.frames:
         check_size(tokenizer.stride, frames, *a.size)
@@ -209,7 +201,7 @@ def make_model(a, checkpoint, channels, device, dtype):
     return model, ema
 
 
-def make_optimisers(model, name, lr, fused):
+def make_optimisers(model, name, lr):
     """AdamW (paper 5.1). "muon" gives the inner matrices to Muon (Jordan 2024), which makes the step of a matrix
     orthogonal, and needs half the training steps for the same error here."""
     inner, matrices, vectors = [], [], []
@@ -219,7 +211,7 @@ def make_optimisers(model, name, lr, fused):
         else:
             (matrices if p.dim() > 1 else vectors).append(p)
     groups = [{"params": matrices, "weight_decay": 0.02}, {"params": vectors, "weight_decay": 0.0}]
-    optimisers = [torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=fused)]
+    optimisers = [torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=True)]
     if inner:
         optimisers.append(torch.optim.Muon(inner, lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"))
     return optimisers
@@ -272,7 +264,7 @@ def main():
     # ------------------------------------------------------------------------------ tokenizer, model, optimiser
     tokenizer = make_tokenizer(a, source, checkpoint, device)
     model, ema = make_model(a, checkpoint, tokenizer.channels, device, dtype)
-    optimisers = make_optimisers(model, a.optimiser, a.lr, device.type in ("cuda", "cpu"))
+    optimisers = make_optimisers(model, a.optimiser, a.lr)
     step, total = 0, sum(a.steps)
     if a.resume:
         step = checkpoint["step"]
@@ -301,7 +293,7 @@ def main():
         print(f"data       {source.about}, {a.size[0]}x{a.size[1]}, batches of {a.batch} in {a.parts} parts")
         print(f"stages     frames {a.frames}, steps {a.steps}; checkpoints and film strips in {a.out}", flush=True)
     schedule = make_schedule(a, tokenizer.stride[0])
-    load = partial(load_parts, a, source, model.config, tokenizer.stride[0], schedule)
+    load = partial(get_batch, a, source, model.config, tokenizer.stride[0], schedule)
     if not source.processes:
         workers = 4  # threads: reading files waits for the disk
     elif device.type == "cpu":
@@ -319,13 +311,13 @@ def main():
             for group in optimiser.param_groups:
                 group["lr"] = factor * lr
         loss = torch.zeros((), device=device)
-        for part, (clips, captions) in batch:
+        for part, clips, captions in batch:
             torch.manual_seed(mix_seed(a.seed, step * 2**10 + part))  # all draws of this part
             with autocast:
                 with torch.no_grad():
                     latents = to_tokens(clips.to(device), tokenizer)
-                    # Ours, as if the tokenizer were a VAE. No prediction is finer than this noise, so ever finer
-                    # backgrounds do not pay more than sprites in the right place; snr_clip serves the same end.
+                    # Noise on the tokens, as a VAE's samples have it (ours). No prediction is finer than this noise, so
+                    # still backgrounds do not outweigh moving sprites.
                     latents = latents + a.noise * torch.randn_like(latents)
                 part_loss = model(latents, captions, t) / a.parts
             part_loss.backward()

@@ -24,11 +24,11 @@ from torch.utils.checkpoint import checkpoint
 # ---------------------------------------------------------------------------------------------- configuration
 @dataclass
 class Config:
-    """The model and its loss. The defaults are the paper's."""
+    """The model and its loss. The defaults are the paper's; what it does not tell is MAR's or ours."""
 
     layers: int = 36
     dim: int = 1536
-    heads: int = 24  # of attention
+    heads: int = 24  # of attention, 64 channels each (ours)
     channels: int = 16  # C, of a token
     text_dim: int = 1536  # width of the text encoder's states
     diffusion_layers: int = 3  # of the diffusion MLP, paper 5.1
@@ -47,7 +47,7 @@ class Config:
 
     @property
     def cuts(self):
-        """Whether a frame sees nothing after itself, and one frame alone carries loss: the sequence may end there."""
+        """Whether no frame sees a later one, and frame t alone carries loss: then the sequence may end with frame t."""
         return self.attention == "causal" and self.loss == "next-frame"
 
 
@@ -63,8 +63,8 @@ class Sampling:
     clamp: float = 4.0  # of the predicted x_0, in standard deviations of a token (ours)
 
 
-# Sizes of a model, how train.py trains it, steps of a stage of the curriculum by its pixel frames, how it is sampled.
-# "paper" is the paper's first resolution; its steps are not told. What is not set here comes from the source of clips:
+# A preset: the model's sizes, defaults of train.py, steps of each stage by its pixel frames, how to sample. "paper" is
+# the paper's first resolution, whose batch and steps are not told. What is not set here comes from the source of clips:
 # the drawn world has its own guidance, temperature, noise and share of frame 0 (data/world.py).
 PRESETS = {
     "toy": {
@@ -93,9 +93,9 @@ def grid_positions(start, frames, h, w, device=None):
 def rope_angles(positions, dim, base, top=1.0):
     """3D-RoPE (paper 4.3): positions (tokens, 3) -> the angles by which pairs of channels rotate (tokens, dim / 2).
 
-    The fastest pair of an axis rotates by `top` radians a token. Each axis has channels of its own: t's come first,
-    then about three eighths for y, and as many for x (of 64: 16, 24, 24; ours). So the product of a rotated query and
-    a rotated key depends on their three offsets alone.
+    The fastest pair of an axis rotates by `top` radians a token. Each axis rotates pairs of its own: those of t come
+    first, then about three eighths for y, and as many for x (of 64 channels: 16, 24, 24; ours). So the product of a
+    rotated query and a rotated key depends on their three offsets alone.
     """
     space = 2 * (dim * 3 // 16)
     angles = []
@@ -139,9 +139,9 @@ def absolute_code(positions, dim, base=10000.0):
 class Cache:
     """Keys (already rotated) and values of the finished frames, in buffers allocated once (paper 4.3).
 
-    The slot behind the finished frames belongs to the current frame: each step overwrites it, until `generate` moves
-    `length` behind it. Guidance doubles the batch: the branch with the caption and the branch with the null have a half
-    of the buffers each, since the keys of later blocks depend on the text that earlier blocks read.
+    Behind the finished frames there is room for the current one. Each step writes it again; when the frame is finished,
+    `generate` raises `length`. Guidance doubles the batch: the branch with the caption and the branch with the null
+    have a half of the buffers each, since the keys of later blocks depend on the text that earlier blocks read.
     """
 
     def __init__(self, config, batch, tokens, device=None, dtype=None):
@@ -173,7 +173,7 @@ def frame_causal_attention(q, k, v, n):
 
     There is no mask: one product for each frame, its queries against the keys up to its end, computes the same.
     """
-    earlier = k.shape[2] - q.shape[2]  # tokens that are in the cache alone
+    earlier = k.shape[2] - q.shape[2]  # tokens of earlier frames, which only the cache has
     frames = []
     for start in range(0, q.shape[2], n):
         end = earlier + start + n
@@ -197,22 +197,18 @@ class Block(nn.Module):
         """Text states (batch, word, dim) -> keys and values of the cross-attention, the same for every step."""
         return rearrange(self.cross_kv(states), "b l (two h d) -> two b h l d", two=2, h=self.heads)
 
-    def forward(self, x, rotation, text, text_mask, n, cache=None, chosen=None):
-        """x (batch, frames * n, dim) -> (batch, frames * n, dim), or (batch, count, dim) of the chosen tokens alone.
+    def forward(self, x, rotation, text, text_mask, n, cache=None):
+        """x (batch, frames * n, dim) -> the same shape.
 
         rotation: cosines and sines of `rope_angles`; text: from `text_keys_values`; n: tokens of a frame; cache: of
-        earlier frames; chosen (batch, count): places in x of tokens that see all of x.
+        earlier frames.
         """
         q, k, v = rearrange(self.qkv(self.norm1(x)), "b l (three h d) -> three b h l d", three=3, h=self.heads)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        if chosen is not None:
-            x, q = x.take_along_dim(chosen[..., None], 1), q.take_along_dim(chosen[:, None, :, None], 2)
-        if x.shape[1] == 0:
-            return x  # the keys and values in the cache were all that was needed
-        y = frame_causal_attention(q, k, v, n) if self.causal and chosen is None else attend(q, k, v)
+        y = frame_causal_attention(q, k, v, n) if self.causal else attend(q, k, v)
         x = x + self.out(rearrange(y, "b h l d -> b l (h d)"))
         q = rearrange(self.cross_q(self.norm2(x)), "b l (h d) -> b h l d", h=self.heads)
         x = x + self.cross_out(rearrange(attend(q, *text, text_mask), "b h l d -> b l (h d)"))
@@ -221,7 +217,7 @@ class Block(nn.Module):
 
 # --------------------------------------------------------------------------------------------------- diffusion
 class Diffusion(nn.Module):
-    """The schedule of I-DDPM: cosine, 1000 timesteps, noise prediction, a variance learned between two bounds.
+    """The cosine schedule of I-DDPM: noise prediction, and a variance learned between two bounds.
 
     With fewer `steps` the schedule is respaced: evenly chosen timesteps of the long one keep their products of alphas.
     Step i is an index into the chosen timesteps. Everything here is float32, whatever the network runs in.
@@ -238,7 +234,7 @@ class Diffusion(nn.Module):
         before = F.pad(abar[:-1], (1, 0), value=1.0)
         beta = 1 - abar / before
         variance = beta * (1 - before) / (1 - abar)  # of the posterior q(x_{i-1} | x_i, x_0)
-        variance[0] = variance[1] if steps > 1 else beta[0]  # it is 0 there, and its logarithm is needed
+        variance[0] = variance[1]  # it is 0 there, and its logarithm is needed
         a, s = abar.sqrt(), (1 - abar).sqrt()  # x_i = a x_0 + s noise
         c0 = beta * before.sqrt() / (1 - abar)  # the posterior's mean is c0 x_0 + cx x_i
         cx = (1 - before) * (1 - beta).sqrt() / (1 - abar)
@@ -266,9 +262,9 @@ class Diffusion(nn.Module):
         """MAR's hybrid loss of tokens x0 (tokens, C), given hidden states z (tokens, dim) -> per token (tokens,).
 
         It is the mean square error of the noise, plus the variational term (I-DDPM eq. 4), which teaches the variance
-        alone, since the mean in it is detached. net(x_i, timestep, z) -> (tokens, 2C). An error e of x_0 weighs
-        SNR e^2 in the square, which at low noise is all about still backgrounds: snr_clip bounds that weight (min-SNR,
-        Hang et al. 2023).
+        alone, since the mean in it is detached. net(x_i, timestep, z) -> (tokens, 2C). The square of the noise's error
+        is that of x_0's error times SNR. So low noise, at which fine detail alone is left, would weigh most: snr_clip
+        bounds this weight (min-SNR, Hang et al. 2023).
         """
         i = torch.randint(self.steps, x0.shape[:1], device=x0.device)
         noise = torch.randn_like(x0)
@@ -283,15 +279,16 @@ class Diffusion(nn.Module):
         weight = (snr_clip * (s / a) ** 2).clamp(max=1)
         return (weight * (eps - noise) ** 2 + variational).mean(-1)
 
-    def sample(self, net, x, temperature=1.0, guidance=None, clamp=4.0):
-        """Ancestral sampling from noise x (tokens, C) -> tokens (tokens, C). net(x, i) -> noise and variance of step i.
+    def sample(self, net, x, z, temperature=1.0, guidance=None, clamp=4.0):
+        """Ancestral sampling from noise x (tokens, C), given hidden states z (tokens, dim) -> tokens (tokens, C).
 
-        temperature, a number or (tokens, 1), multiplies the noise that each step adds, not the first x (MAR). With a
-        guidance, net takes x twice, for caption and null, and eps = null + guidance (conditional - null). The predicted
-        x_0 is clamped (ours): at timestep 999 it is an error of eps times 20,000, and early models would paint black.
+        net(x_i, timestep, z) -> (tokens, 2C). The temperature multiplies the noise that each step adds, not the first x
+        (MAR). With a guidance, z is of the captions, then of the nulls, net takes x twice, and eps = null + guidance
+        (conditional - null). The predicted x_0 is clamped (ours): at timestep 999 it is an error of eps times 20,000,
+        and early models would paint black.
         """
         for i in reversed(range(self.steps)):
-            out = net(x if guidance is None else torch.cat([x, x]), i).float()
+            out = net(x if guidance is None else torch.cat([x, x]), self.timesteps[i, None], z).float()
             eps, v = out[:len(x)].chunk(2, -1)
             if guidance is not None:
                 eps_null, _ = out[len(x):].chunk(2, -1)
@@ -317,35 +314,18 @@ class DiffusionMLP(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x, timestep, z):
-        """Noisy tokens x (tokens, C), timestep (tokens or 1,), hidden states z (tokens, dim) -> (tokens, 2C)."""
-        return self.denoise(x, self.modulations(timestep, z))
+        """Noisy tokens x (tokens, C), timestep (tokens or 1,), hidden states z (tokens, dim) -> (tokens, 2C).
 
-    def denoiser(self, z, timesteps):
-        """The same as a function of x and i, the index of one of the timesteps (ours).
-
-        The modulations do not depend on x. They are computed here, for all timesteps in one product of each layer: a
-        sampler waits for half as many small products.
-        """
-        modulations = self.modulations(timesteps[:, None], z)  # (steps, tokens, 3 * diffusion_dim) and the like
-        return lambda x, i: self.denoise(x, [m[i] for m in modulations])
-
-    def modulations(self, timestep, z):
-        """A list: shift, scale, gate of each block (..., tokens, 3d); shift, scale of the last norm (..., tokens, 2d).
-
-        timestep: (tokens,) or (steps, 1); z: (tokens, dim).
+        That is their noise, and the place of the variance between its bounds.
         """
         frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=z.device) / 128)
-        angles = timestep[..., None].float() * frequencies
+        angles = timestep[:, None].float() * frequencies
         c = F.silu(self.time(torch.cat([angles.cos(), angles.sin()], -1)) + self.condition(z))
-        return [modulate(c) for modulate in (*self.modulate, self.last_modulate)]
-
-    def denoise(self, x, modulations):
-        """Noisy tokens x (tokens, C) -> their noise and the place of the variance between its bounds (tokens, 2C)."""
         x = self.token(x)
-        for modulation, mlp in zip(modulations, self.mlps):
-            shift, scale, gate = modulation.chunk(3, -1)
+        for modulate, mlp in zip(self.modulate, self.mlps):
+            shift, scale, gate = modulate(c).chunk(3, -1)
             x = x + gate * mlp(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift)
-        shift, scale = modulations[-1].chunk(2, -1)
+        shift, scale = self.last_modulate(c).chunk(2, -1)
         return self.out(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift)
 
 
@@ -386,7 +366,7 @@ class VideoMAR(nn.Module):
                 nn.init.zeros_(module.weight)
 
     def read_text(self, captions, null):
-        """Captions, and null (batch,), True where the learned null replaces all words, as it does if there are none.
+        """Captions, and null (batch,), True where the learned null replaces the caption, as it does one without words.
 
         -> what `hidden` takes: keys and values of each block's cross-attention (2, batch, head, word, d), and the mask
         (batch, 1, 1, word).
@@ -397,13 +377,12 @@ class VideoMAR(nn.Module):
         states = self.text_in(torch.where(null[:, None, None], self.null_text, states))
         return [block.text_keys_values(states) for block in self.blocks], mask[:, None, None]
 
-    def hidden(self, x, masked, text, grid, start=0, cache=None, chosen=None, in_last_frame=False):
+    def hidden(self, x, masked, text, grid, start=0, cache=None, chosen=None):
         """Hidden states of the chosen tokens, by default of all -> (batch, count, dim).
 
         x: tokens of some frames of a clip (batch, frames * n, C), n = h * w; masked (batch, frames * n): True where
         [MASK] stands in; text: from `read_text`; grid: (h, w); start: number of the first frame in x; cache: holds the
-        frames before it; chosen (batch, count): places in x; in_last_frame: the chosen are all in the last frame of x.
-        Tokens that see all of x can be read alone, and the last block computes no others (ours).
+        frames before it; chosen (batch, count): places in x.
         """
         config, n = self.config, grid[0] * grid[1]
         positions = grid_positions(start, x.shape[1] // n, *grid, x.device)
@@ -414,21 +393,19 @@ class VideoMAR(nn.Module):
         else:
             h, rotation = h + absolute_code(positions, config.dim), None
         keys_values, text_mask = text
-        alone = chosen if in_last_frame or config.attention == "full" else None
         for block, kv in zip(self.blocks, keys_values):
             run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block
-            h = run(h, rotation, kv, text_mask, n, cache, alone if block is self.blocks[-1] else None)
-        h = self.norm(h)
-        if chosen is not None and alone is None:
+            h = run(h, rotation, kv, text_mask, n, cache)
+        if chosen is not None:
             h = h.take_along_dim(chosen[..., None], 1)
-        return h
+        return self.norm(h)
 
     def draw_masked(self, batch, frames, n, t, device=None):
         """The masking of eq. 4.1: frames before t stay whole, t is partly masked, later ones are wholly masked.
 
-        The masked tokens of frame t carry the loss: another random set for each clip, all sets of one size. With the
-        total-mask loss (eq. 3.1) all frames are masked so, as one large picture. -> masked (batch, frames * n), True
-        where [MASK] stands in, and the places of the tokens that carry the loss (batch, count).
+        The masked tokens of frame t carry the loss: a random set in each clip, of the same size in all of them. With
+        the total-mask loss (eq. 3.1) all frames are masked so, as one large picture. -> masked (batch, frames * n),
+        True where [MASK] stands in, and the places of the tokens that carry the loss (batch, count).
         """
         begin, end = (t * n, (t + 1) * n) if self.config.loss == "next-frame" else (0, frames * n)
         count = math.ceil((end - begin) * draw_mask_ratio(self.config.mask_ratio))
@@ -436,13 +413,12 @@ class VideoMAR(nn.Module):
         masked = torch.arange(frames * n, device=device).expand(batch, -1) >= end
         return masked.scatter(1, places, True), places
 
-    def forward(self, x, captions, t, cut=True):
+    def forward(self, x, captions, t):
         """Next-frame diffusion loss (paper eq. 4.1) of latents x (batch, T, h, w, C), with the loss on frame t.
 
         Only one frame carries loss: a later one would read [MASK]s of frame t where sampling has its values. Under
         frame-causal attention frame t sees nothing after itself, so the sequence is cut there: the same loss and
-        gradients for less work (ours); cut=False is there to compare. t = 0 trains frame 0 from the text alone.
-        -> mean over tokens, scalar, float32.
+        gradients for less work (ours). t = 0 trains frame 0 from the text alone. -> mean over tokens, scalar, float32.
         """
         config = self.config
         batch, frames, *grid, _ = x.shape
@@ -450,9 +426,8 @@ class VideoMAR(nn.Module):
         x = x.flatten(1, 3)  # (batch, frames * n, C)
         text = self.read_text(captions, torch.rand(batch, device=x.device) < config.text_drop)
         masked, places = self.draw_masked(batch, frames, n, t, x.device)
-        cut = cut and config.cuts
-        end = (t + 1) * n if cut else frames * n
-        z = self.hidden(x[:, :end], masked[:, :end], text, grid, chosen=places, in_last_frame=cut)  # (batch, count, d)
+        end = (t + 1) * n if config.cuts else frames * n
+        z = self.hidden(x[:, :end], masked[:, :end], text, grid, chosen=places)  # (batch, count, dim)
         target = x.take_along_dim(places[..., None], 1).float()  # (batch, count, C)
         x0 = target.flatten(0, 1).repeat(config.noise_draws, 1)  # (tokens, C)
         z = z.flatten(0, 1).repeat(config.noise_draws, 1)  # (tokens, dim)

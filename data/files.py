@@ -5,7 +5,6 @@ import importlib
 import math
 import os
 import re
-import signal
 import sys
 import tempfile
 import warnings
@@ -23,7 +22,6 @@ class Bad(Exception):
 
 def run(main):
     """Runs a script's main. Bad input, a full disk or too little memory is one line on stderr and exit code 2."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # in place of that in data/__init__.py
     try:
         return main()
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """Latents of a folder of clips, encoded once: `write_latents` writes shards, and training takes batches from `Latents`.
 
-A shard holds float16 latents and captions. It is mapped into memory, so that a draw reads one clip, whatever their
-number. latents.pt holds the tokenizer and the settings.
+A shard holds float16 latents and captions. It is mapped into memory, so that to draw a clip reads that clip alone.
+latents.pt holds the tokenizer and the settings.
 """
 import numpy as np
 import torch
@@ -49,8 +49,6 @@ class Latents(Source):
 
     def __init__(self, folder):
         content = load(folder / "latents.pt", "latents")
-        if "settings" not in content:
-            raise Bad(f"{folder}: latents of another version of this code; encode the clips into another folder")
         settings, self.packed = content["settings"], content["tokenizer"]
         try:
             shards = [load(file, "shard", mmap=True) for file in sorted(folder.glob("shard-*.pt"))]

@@ -4,7 +4,6 @@ Pillow reads what it can; .mp4, .webm, .mov and .mkv go through av (pip install 
 """
 import signal
 import sys
-import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -22,7 +21,6 @@ from tqdm import tqdm
 
 from data.files import DATA, Bad, check_writable, need, write
 
-warnings.simplefilter("error", Image.DecompressionBombWarning)
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv")
 ANIMATIONS = (".gif", ".webp", ".apng")
 
@@ -76,7 +74,7 @@ def pictures(path, frames, fps, place, length):
     """Yields the pictures that `read_clip` returns, in their full size."""
     times, seconds = timeline(path, path.stat().st_mtime_ns)
     shown = np.arange(len(times))
-    if path.suffix.lower() not in VIDEOS:  # animations join equal neighbours: the shortest picture tells the rate
+    if path.suffix.lower() not in VIDEOS:  # equal neighbours are stored as one: the shortest picture tells the rate
         lasting = np.diff([*times, seconds])
         shortest = lasting[:-1].min(initial=lasting.max())  # the last picture may be cut short
         shown = shown.repeat(np.maximum(1, np.round(lasting / shortest)).astype(int))
@@ -122,8 +120,6 @@ def read_clip(path, size, frames=1, fps=None, place=0.0, length=None):
         return np.stack(clip)
     except (Bad, MemoryError):
         raise
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise Bad(f"{path}: too many pixels for a picture (a decompression bomb?); scale it below 89 million") from None
     except Exception as e:
         reason = getattr(e, "strerror", None) or type(e).__name__
         raise Bad(f"{path}: it cannot be read ({reason}); give a picture or clip: PNG, JPEG, GIF, WebP, MP4") from None
@@ -150,7 +146,7 @@ class Source:
         return torch.from_numpy(np.stack(clips)), list(captions)
 
     def held_out(self, count, frames, size):
-        """Clips for the film strips. Those of a folder are not held out in truth: training just does not draw them."""
+        """Clips for the film strips. Those of a folder are clips that training sees, from other places in them."""
         return self.batch(range(2**62, 2**62 + count), frames, size)
 
 
@@ -198,9 +194,9 @@ class Folder(Source):
 
 
 def outlast(worker):
-    """Ctrl-C and SIGTERM may reach all processes. A worker then goes on, for the first one to end its step and save.
+    """A worker ignores Ctrl-C and SIGTERM, so that the main process can end its step and save.
 
-    After SIGTERM it ends by itself in 20 seconds.
+    After SIGTERM it lives for 20 seconds more.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))

@@ -172,7 +172,7 @@ def clip(seed, frames=25, height=64, width=64, held_out=False, change_until=0):
 
 
 class World(Source):
-    """The drawn world as training reads it. A picture and a caption leave it one future: the likeliest is right."""
+    """The drawn world as training reads it. Picture and caption leave one future, the likeliest: so temperature 0."""
 
     about, processes = "drawn world", True
     sampling = {"cfg": 1.5, "temperature": 0.0}

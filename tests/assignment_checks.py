@@ -26,7 +26,7 @@ EXERCISES = {
     4: ("draw_mask_ratio", "VideoMAR.draw_masked"),
     5: ("attend", "frame_causal_attention"),
     6: ("rope_angles", "rotate"),
-    7: ("DiffusionMLP.modulations", "DiffusionMLP.denoise"),
+    7: ("DiffusionMLP.forward",),
     8: ("Diffusion.sample",),
     9: ("Diffusion.loss",),
     10: ("VideoMAR.forward",),
@@ -266,63 +266,74 @@ def check_rope(theirs):
 
 def check_mlp(theirs):
     net, right = tiny(theirs).diffusion_mlp, tiny(ours).diffusion_mlp
-    z, timestep, seen = torch.randn(5, 32), torch.randint(1000, (5,)), []
+    x, z, timestep, seen = torch.randn(5, 4), torch.randn(5, 32), torch.randint(1000, (5,)), []
     handle = net.time.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    got = list(net.modulations(timestep, z))
+    net(x, timestep, z)
     handle.remove()
     angles = timestep[:, None] * 10000 ** (-torch.arange(128) / 128)
     expect(len(seen) == 1, "`self.time` must be called once")
     expect(seen[0].shape[-1] == 256, f"the time embedding has {seen[0].shape[-1]} numbers; it must be 256")
     same("the time embedding's fastest number, the first", seen[0][..., 0].flatten(), angles[:, 0].cos(), 1e-3)
     same("the time embedding", seen[0].reshape(5, 256), torch.cat([angles.cos(), angles.sin()], -1), 1e-3)
-    must = right.modulations(timestep, z)
-    expect(len(got) == 3, f"{len(got)} modulations for 2 blocks; it must be 3, the last one too")
-    for name, a, b in zip(("of block 0", "of block 1", "of the last norm"), got, must):
-        same(f"modulation {name}", a, b)
-    several = timestep[:3, None]
-    for a, b in zip(net.modulations(several, z), right.modulations(several, z)):
-        same("modulation for 3 timesteps (3, 1) and 5 tokens", a, b)
 
-    x, still = torch.randn(5, 4), [torch.zeros(5, 48), torch.zeros(5, 48), torch.zeros(5, 32)]
-    same("denoise where all modulations are 0", net.denoise(x, still), right.denoise(x, still))
-    gates = [torch.cat([m[:, :32], torch.ones(5, 16)], 1) for m in still[:2]] + still[2:]
-    same("denoise with open gates (1) and shift and scale 0", net.denoise(x, gates), right.denoise(x, gates))
-    for name, part in (("shift", 0), ("scale", 1), ("gate", 2)):
-        one = [m.clone() for m in still]
-        one[0][:, 32:] = float(part != 2)  # an open gate
-        one[0][:, 16 * part:16 * part + 16] = torch.randn(5, 16)
-        same(f"denoise with another {name} in block 0", net.denoise(x, one), right.denoise(x, one))
-    for name, part in (("shift", 0), ("scale", 1)):
-        one = [m.clone() for m in still]
-        one[2][:, 16 * part:16 * part + 16] = torch.randn(5, 16)
-        same(f"denoise with another {name} of the last norm", net.denoise(x, one), right.denoise(x, one))
-    same("denoise", net.denoise(x, must), right.denoise(x, must))
+    layers = (*net.modulate, net.last_modulate), (*right.modulate, right.last_modulate)
+
+    def alike(what, *modulations):
+        """Compares the results where each layer of the modulations gives these numbers, whatever it gets."""
+        for part in layers:
+            for layer, (shift, scale, gate) in zip(part, modulations):
+                layer.weight.data.zero_()
+                values = torch.tensor([shift, scale, gate][:len(layer.bias) // 16]).repeat_interleave(16)
+                layer.bias.data.copy_(values * torch.linspace(0.5, 1.5, len(values)))
+        same(what, net(x, timestep, z), right(x, timestep, z))
+
+    kept = [[layer.weight.data.clone() for layer in part] for part in layers]
+    biases = [[layer.bias.data.clone() for layer in part] for part in layers]
+    still, opened = (0., 0., 0.), (0., 0., 1.)
+    alike("where all modulations are 0", still, still, still)
+    alike("with open gates and no shift and scale", opened, opened, still)
+    alike("with a shift in block 0", (1., 0., 1.), still, still)
+    alike("with a scale in block 0", (0., 1., 1.), still, still)
+    alike("with another gate in block 0", (0., 0., 2.), still, still)
+    alike("with a shift of the last norm", still, still, (1., 0., 0.))
+    alike("with a scale of the last norm", still, still, (0., 1., 0.))
+    for part, weights, values in zip(layers, kept, biases):
+        for layer, weight, bias in zip(part, weights, values):
+            layer.weight.data, layer.bias.data = weight, bias
+    expect(not torch.equal(net(x, timestep, z), net(x, timestep, -z)), "the hidden state z changes nothing")
+    same("the result", net(x, timestep, z), right(x, timestep, z))
+    same("the result with one timestep for all tokens", net(x, timestep[:1], z), right(x, timestep[:1], z))
 
 
 def check_sample(theirs):
     diffusion, right = theirs.Diffusion(1000, 8), ours.Diffusion(1000, 8)
-    x, weights, calls = torch.randn(6, 4), torch.randn(4, 8) / 4, []
+    x, z, weights, calls = torch.randn(6, 4), torch.arange(12.)[:, None], torch.randn(4, 8) / 4, []
 
-    def net(x, i):  # the two branches of guidance are different
-        calls.append((len(x), i))
-        return torch.tanh(x @ weights + 0.1 * i + torch.arange(len(x))[:, None] // 6)
+    def net(x, timestep, z):  # the two branches of guidance are different
+        calls.append((len(x), timestep, z))
+        return torch.tanh(x @ weights + timestep.view(-1, 1) / 1000 + z // 6)
 
-    def both(net=net, **options):
+    def both(net=net, z=z[:6], **options):
         torch.manual_seed(1)
         calls.clear()
-        got = diffusion.sample(net, x.clone(), **options)
+        got = diffusion.sample(net, x.clone(), z, **options)
         told = list(calls)
         torch.manual_seed(1)
-        return got, right.sample(net, x.clone(), **options), told
+        return got, right.sample(net, x.clone(), z, **options), told
 
-    short, long = theirs.Diffusion(1000, 1), ours.Diffusion(1000, 1)
-    same("with one step, i = 0, which adds no noise", short.sample(net, x), long.sample(net, x))
-    same("with one step at temperature 0.5, which does not act on the first x", short.sample(net, x, 0.5),
-         long.sample(net, x, 0.5))
+    short, long = theirs.Diffusion(1000, 2), ours.Diffusion(1000, 2)
+    short.steps = long.steps = 1  # the last step alone
+    same("in the step i = 0, which adds no noise", short.sample(net, x, z[:6]), long.sample(net, x, z[:6]))
+    same("in the step i = 0 at temperature 0.5, which does not act on the first x", short.sample(net, x, z[:6], 0.5),
+         long.sample(net, x, z[:6], 0.5))
     cold, must, told = both(temperature=0.0)
-    steps = [int(i) for _, i in told]
-    expect(steps == list(range(7, -1, -1)), f"with 8 steps the net is called in the steps {steps}; it must be 7 to 0")
-    unclamped = right.sample(net, x.clone(), 0.0, clamp=1e9)
+    expect(all(torch.is_tensor(timestep) and timestep.shape == (1,) for _, timestep, _ in told),
+           "the net's timestep must be a tensor of the shape (1,)")
+    steps = [timestep.item() for _, timestep, _ in told]
+    want = right.timesteps.tolist()[::-1]
+    expect(steps == want, f"with 8 steps the net gets the timesteps {steps}; they must be {want}")
+    expect(all(torch.equal(states, z[:6]) for *_, states in told), "the net must get z")
+    unclamped = right.sample(net, x.clone(), z[:6], 0.0, clamp=1e9)
     expect(torch.equal(must, unclamped) or not torch.allclose(cold, unclamped), "the predicted x_0 is not clamped")
     same("at temperature 0, without noise", cold, must)
     same("at temperature 0, with x_0 clamped to 0.5", *both(temperature=0.0, clamp=0.5)[:2])
@@ -331,15 +342,15 @@ def check_sample(theirs):
     expect(not torch.allclose(both(temperature=0.5)[0], hot), "temperature 0.5 gives the same as temperature 1")
     same("at temperature 1, with the noise of torch.randn_like", hot, must)
     same("at temperature 0.5", *both(temperature=0.5)[:2])
-    same("with a temperature for each token", *both(temperature=torch.rand(6, 1))[:2])
-    got, must, told = both(temperature=0.0, guidance=3.0)
+    got, must, told = both(z=z, temperature=0.0, guidance=3.0)
     expect(told[0][0] == 12, f"with guidance the net gets {told[0][0]} rows for 6 tokens; it must be 12, [x; x]")
-    same("with guidance 1, which is the caption's branch alone", both(temperature=0.0, guidance=1.0)[0],
-         right.sample(lambda x, i: net(x, i)[:6], x.clone(), 0.0))
-    same("with guidance 0, which is the null's branch for the noise", *both(temperature=0.0, guidance=0.0)[:2])
+    same("with guidance 1, which is the caption's branch alone", both(z=z, temperature=0.0, guidance=1.0)[0],
+         right.sample(net, x.clone(), z[:6], 0.0))
+    same("with guidance 0, which is the null's branch for the noise", *both(z=z, temperature=0.0, guidance=0.0)[:2])
     same("with guidance 3 at temperature 0", got, must)
-    same("with guidance 3 at temperature 1: the variance is the caption's", *both(temperature=1.0, guidance=3.0)[:2])
-    got, must, _ = both(lambda x, i: net(x, i).bfloat16(), temperature=0.0, guidance=3.0)
+    same("with guidance 3 at temperature 1: the variance is the caption's",
+         *both(z=z, temperature=1.0, guidance=3.0)[:2])
+    got, must, _ = both(lambda *args: net(*args).bfloat16(), z, temperature=0.0, guidance=3.0)
     expect(got.dtype == torch.float32, f"of a net in bfloat16 it returns {got.dtype}; it must be float32")
     same("with guidance 3 of a net in bfloat16, computed in float32", got, must)
 
@@ -435,9 +446,6 @@ def check_forward(theirs):
     same("the result, the mean of the losses", got, torch.arange(len(targets)).float().mean())
     expect(lengths[-1] == 18,
            f"t = 2 of 4 frames of 6 tokens: {lengths[-1]} tokens are run; it must be 18, cut after t")
-    model(x, captions, 2, cut=False)
-    expect(lengths[-1] == 24, f"cut = False: {lengths[-1]} tokens are run; it must be all 24")
-    same("with cut = False, the hidden state that goes with a target", losses[-1][2], z[which])
     for changes, t in (({"attention": "full"}, 2), ({"loss": "total-mask"}, 3)):
         of = " ".join(changes.values())
         model, _, z = watched(text_drop=0.0, **changes)

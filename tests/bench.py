@@ -21,6 +21,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "10000")  # the CPU's kernels are made for each shape
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for this file as a script
@@ -32,30 +33,23 @@ from data.files import Bad, Parser, choose_hardware, number, run, sizes
 from sample import generate
 from tokenizer import Words, check_size
 from train import make_optimisers, stage_steps
-from videomar import PRESETS, Cache, Diffusion, Sampling, VideoMAR, rope_angles, unmask_counts
+from videomar import PRESETS, Cache, Config, Diffusion, Sampling, VideoMAR, rope_angles, unmask_counts
 
 CAPTION = "a red cat moves left quickly and a blue star grows on a green background"
 MASKED = 0.86  # the mean mask ratio in training
 
 
 # ------------------------------------------------------------------------------------------------- counting FLOPs
-def backbone_flops(c, tokens, pairs, chosen, keys, words=16):
-    """Of one forward pass -> products with weights, attention.
-
-    pairs: (query, key) couples of the self-attention; chosen: tokens for which the last block goes beyond queries, keys
-    and values; keys: how many each of them sees.
-    """
-    early = c.layers - 1
-    weights = 2 * c.dim**2 * ((14 * early + 3) * tokens + 11 * chosen)
-    attention = 4 * c.dim * (early * (pairs + tokens * words) + chosen * (keys + words))
-    return weights, attention
+def backbone_flops(c, tokens, pairs, words=16):
+    """Of one forward pass -> products with weights, attention. pairs: (query, key) couples of the self-attention."""
+    return 28 * c.layers * c.dim**2 * tokens, 4 * c.layers * c.dim * (pairs + tokens * words)
 
 
-def diffusion_flops(c, rows, conditions, times):
-    """Of the diffusion MLP over `rows` noisy tokens, `conditions` hidden states and `times` embedded timesteps."""
+def diffusion_flops(c, rows, times):
+    """Of the diffusion MLP over `rows` noisy tokens and `times` timesteps."""
     d = c.diffusion_dim
-    for_rows = 2 * rows * (c.diffusion_layers * 5 * d**2 + 2 * d**2 + 3 * c.channels * d)
-    return for_rows + 2 * conditions * c.dim * d + 2 * times * (256 + d) * d
+    for_rows = 2 * rows * (c.diffusion_layers * 5 * d**2 + 2 * d**2 + 3 * c.channels * d + c.dim * d)
+    return for_rows + 2 * times * (256 + d) * d
 
 
 def sample_flops(c, sampling, n, frames, how, branches=2):
@@ -63,17 +57,17 @@ def sample_flops(c, sampling, n, frames, how, branches=2):
     steps = len(unmask_counts(n, sampling.unmask_steps))
     denoised = sampling.diffusion_steps * n * (frames - 1)
     times = (frames - 1) * sampling.diffusion_steps * (n if how == "ntp" else steps)
-    total = [0, 0, diffusion_flops(c, branches * denoised, branches * n * (frames - 1), times)]
+    total = [0, 0, diffusion_flops(c, branches * denoised, times)]
     for t in range(1, frames):
         seen = n * (t + 1)
         if how == "ntp":
-            passes = n * [(1, t * n + n / 2, 1, t * n + n / 2)]
+            passes = n * [(1, t * n + n / 2)]
         elif how == "nocache":
-            passes = steps * [(seen, seen * (seen + n) / 2, n / steps, seen)]
+            passes = steps * [(seen, seen * (seen + n) / 2)]
         else:
-            passes = steps * [(n, n * seen, n / steps, seen)]
-            passes += (t < frames - 1) * [(n, n * seen, 0, 0)]  # the finished frame, for the cache
-            passes += (t == 1) * [(n, n * n, 0, 0)]  # the given one
+            passes = steps * [(n, n * seen)]
+            passes += (t < frames - 1) * [(n, n * seen)]  # the finished frame, for the cache
+            passes += (t == 1) * [(n, n * n)]  # the given one
         for one in passes:
             weights, attention = backbone_flops(c, *one)
             total[0] += branches * weights
@@ -83,14 +77,14 @@ def sample_flops(c, sampling, n, frames, how, branches=2):
 
 def train_flops(c, n, frames, t, batch, cut):
     """Of one step, forward and backward, with the loss on latent frame t."""
-    loss = MASKED * n  # tokens
+    rows = MASKED * n * c.noise_draws
     if cut:
         seen = n * (t + 1)
-        backbone = backbone_flops(c, seen, seen * (seen + n) / 2, loss, seen)
+        backbone = backbone_flops(c, seen, seen * (seen + n) / 2)
     else:
         seen = n * frames
-        backbone = backbone_flops(c, seen, seen**2, seen, seen)
-    return 3 * batch * (sum(backbone) + diffusion_flops(c, *3 * [loss * c.noise_draws]))
+        backbone = backbone_flops(c, seen, seen**2)
+    return 3 * batch * (sum(backbone) + diffusion_flops(c, rows, rows))
 
 
 def mean_train_flops(c, n, frames, batch, cut):
@@ -100,7 +94,7 @@ def mean_train_flops(c, n, frames, batch, cut):
 
 def muon_parameters(model, optimiser):
     """The matrices that Muon takes, none with "adamw"."""
-    _, *muon = make_optimisers(model, optimiser, 1e-3, False)
+    _, *muon = make_optimisers(model, optimiser, 1e-3)
     return [p for one in muon for group in one.param_groups for p in group["params"]]
 
 
@@ -158,8 +152,8 @@ def next_token_step(model, x, text, rotation, cache, diffusion, cfg):
     h = model.token_in(x.repeat(2, 1, 1))
     for block, keys_values in zip(model.blocks, text[0]):
         h = block(h, rotation, keys_values, text[1], 1, cache)
-    net = model.diffusion_mlp.denoiser(model.norm(h)[:, 0], diffusion.timesteps)
-    return diffusion.sample(net, torch.randn(len(x), model.config.channels, device=x.device), 1.0, cfg)
+    noise = torch.randn(len(x), model.config.channels, device=x.device)
+    return diffusion.sample(model.diffusion_mlp, noise, model.norm(h)[:, 0], 1.0, cfg)
 
 
 # ---------------------------------------------------------------------------------------------- sample and train
@@ -219,13 +213,14 @@ def bench_train(a, model, device, dtype, grid, frames):
     c, n, batch = model.config, grid[0] * grid[1], a.batch or 4
     x, captions = torch.randn(batch, frames, *grid, c.channels, device=device), [CAPTION] * batch
     optimiser = PRESETS[a.preset]["training"]["optimiser"]
-    optimisers = make_optimisers(model, optimiser, 1e-5, device.type in ("cuda", "cpu"))
+    optimisers = make_optimisers(model, optimiser, 1e-5)
     split_attention = videomar.frame_causal_attention
 
     def step(t, cut):
-        videomar.frame_causal_attention = split_attention if cut else dense_attention
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = model(x, captions, t, cut=cut)
+        attention = patch.object(videomar, "frame_causal_attention", split_attention if cut else dense_attention)
+        with attention, patch.object(Config, "cuts", cut):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = model(x, captions, t)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
         for one in optimisers:
@@ -235,7 +230,6 @@ def bench_train(a, model, device, dtype, grid, frames):
     works = [lambda t=t: step(t, True) for t in range(1, frames)]
     works.append(lambda: step(frames // 2, False))  # alike for all t
     *cut_s, full_s = median_seconds(works, device, a.repeats)
-    videomar.frame_causal_attention = split_attention
     cut_s = sum(cut_s) / len(cut_s)
     full, cut = (mean_train_flops(c, n, frames, batch, how) + muon_flops(model, optimiser) for how in (False, True))
     peak = matmul_peak(device, dtype)

@@ -37,32 +37,28 @@ def test_flops_of_next_token_prediction():
     """A step for each token, which reads all earlier ones and, in the mean, half of itself."""
     n, frames = 6, 3
     weights, attention, mlp = bench.sample_flops(TINY, replace(TINY_SAMPLING, diffusion_steps=5), n, frames, "ntp")
-    passes = [bench.backbone_flops(TINY, 1, keys + 0.5, 1, keys + 0.5) for keys in range(n, n * frames)]
+    passes = [bench.backbone_flops(TINY, 1, keys + 0.5) for keys in range(n, n * frames)]
     assert (weights, attention) == pytest.approx([2 * sum(part) for part in zip(*passes)])
-    assert mlp == bench.diffusion_flops(TINY, 2 * 5 * 12, 2 * 12, 5 * 12)
+    assert mlp == bench.diffusion_flops(TINY, 2 * 5 * 12, 5 * 12)
 
 
 @torch.no_grad()
 def test_flops_of_the_parts_are_those_torch_counts():
-    """To the last one: the backbone for two chosen tokens of the fourth frame, the diffusion MLP in both its ways."""
+    """To the last one: the backbone, and the diffusion MLP with one timestep for each token and for all tokens."""
     config, n = replace(TINY, layers=3), 6
     model = VideoMAR(config, Words(config.text_dim)).eval()
     text = model.read_text(["a red cat"] * 2, torch.tensor([False, True]))  # eight words with the padding
-    x, masked, chosen = torch.randn(2, 4 * n, 16), torch.zeros(2, 4 * n, dtype=torch.bool), torch.tensor([[18, 20]] * 2)
+    x, masked = torch.randn(2, 4 * n, 16), torch.zeros(2, 4 * n, dtype=torch.bool)
     with FlopCounterMode(display=False) as counter:
-        model.hidden(x, masked, text, (2, 3), chosen=chosen, in_last_frame=True)
-    flops = sum(bench.backbone_flops(config, 4 * n, n * n * (1 + 2 + 3 + 4), 2, 4 * n, words=8))
+        model.hidden(x, masked, text, (2, 3))
+    flops = sum(bench.backbone_flops(config, 4 * n, n * n * (1 + 2 + 3 + 4), words=8))
     tokens_in = 2 * config.channels * config.dim * 4 * n
     assert counter.get_total_flops() == 2 * (flops + tokens_in)
-    x, z, timesteps = torch.randn(5, 16), torch.randn(5, 64), torch.arange(7)
-    with FlopCounterMode(display=False) as counter:
-        net = model.diffusion_mlp.denoiser(z, timesteps)
-        for i in range(7):
-            net(x, i)
-    assert counter.get_total_flops() == bench.diffusion_flops(config, 5 * 7, 5, 7)
-    with FlopCounterMode(display=False) as counter:
-        model.diffusion_mlp(x, timesteps[:5], z)
-    assert counter.get_total_flops() == bench.diffusion_flops(config, 5, 5, 5)
+    x, z = torch.randn(5, 16), torch.randn(5, 64)
+    for times in (1, 5):
+        with FlopCounterMode(display=False) as counter:
+            model.diffusion_mlp(x, torch.arange(times), z)
+        assert counter.get_total_flops() == bench.diffusion_flops(config, 5, times)
 
 
 @pytest.mark.parametrize("cut", [True, False])
@@ -73,8 +69,9 @@ def test_flops_of_training_are_those_torch_counts(cut, monkeypatch):
     monkeypatch.setattr(bench.videomar, "draw_mask_ratio", lambda mask_ratio: 0.86)
     if not cut:
         monkeypatch.setattr(bench.videomar, "frame_causal_attention", bench.dense_attention)
+        monkeypatch.setattr(videomar.Config, "cuts", False)
     with FlopCounterMode(display=False) as counter:
-        model(torch.randn(2, 4, 6, 6, 16), [bench.CAPTION] * 2, 2, cut=cut).backward()
+        model(torch.randn(2, 4, 6, 6, 16), [bench.CAPTION] * 2, 2).backward()
     flops = [bench.train_flops(config, 36, 4, t, 2, cut) for t in (1, 2, 3)]
     assert flops[1] == pytest.approx(counter.get_total_flops(), rel=0.03)
     assert bench.mean_train_flops(config, 36, 4, 2, cut) == pytest.approx(sum(flops) / 3)
@@ -88,7 +85,7 @@ def test_the_mean_mask_ratio():
 
 def test_flops_of_muon_are_those_torch_counts():
     model = VideoMAR(TINY, Words(TINY.text_dim))
-    muon = train.make_optimisers(model, "muon", 1e-3, False)[1]
+    muon = train.make_optimisers(model, "muon", 1e-3)[1]
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     with FlopCounterMode(display=False) as counter:

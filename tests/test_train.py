@@ -128,22 +128,36 @@ def test_schedule():
     assert all(t > 0 for _, t in train.make_schedule(a, 4))
 
 
-def test_what_a_batch_is_asked_for():
-    """Seeds by seed, step and part; frames up to t, where the model reads no others; changes of motion before t."""
-    a = SimpleNamespace(seed=3, batch=8, parts=2, frames=(5, 13), size=(16, 24), frame0=0.05)
-    source = SimpleNamespace(batch=lambda *args, length, change_until: (*args, length, change_until))
+def test_what_a_batch_is_asked_for(monkeypatch):
+    """Seeds by seed, step and part; frames up to t, where the model reads no others; changes of motion before t.
 
-    def batch(t=2, part=1, **changes):
-        return train.get_batch(a, source, replace(TINY, **changes), 4, 1, t, 5, part)
+    A rank has its parts alone.
+    """
+    a = SimpleNamespace(seed=3, batch=8, parts=2, frames=(5, 13), size=(16, 24), frame0=0.05)
+    asked = []
+
+    def of_source(*args, length, change_until):
+        asked.append((*args, length, change_until))
+        return f"clips {len(asked)}", f"captions {len(asked)}"
+
+    def batch(t=2, **changes):
+        asked.clear()
+        schedule = [(0, 1)] * 5 + [(1, t)]
+        return train.get_batch(a, SimpleNamespace(batch=of_source), replace(TINY, **changes), 4, schedule, 5)
 
     first = 3 * 2**40 + 5 * 8
-    assert batch() == (range(first + 4, first + 8), 9, (16, 24), 13, 4)
-    assert batch(part=0) == (range(first, first + 4), 9, (16, 24), 13, 4)
-    assert batch(t=3)[1:] == (13, (16, 24), 13, 8)
-    assert batch(attention="full")[1:] == (13, (16, 24), 13, 4)
-    assert batch(loss="total-mask")[1:] == (13, (16, 24), 13, 0)  # it has no frame t
+    assert batch() == [(0, "clips 1", "captions 1"), (1, "clips 2", "captions 2")]
+    assert asked == [(range(first + start, first + start + 4), 9, (16, 24), 13, 4) for start in (0, 4)]
+    for t, changes, want in ((3, {}, (13, (16, 24), 13, 8)), (2, {"attention": "full"}, (13, (16, 24), 13, 4)),
+                             (2, {"loss": "total-mask"}, (13, (16, 24), 13, 0))):  # which has no frame t
+        batch(t, **changes)
+        assert [one[1:] for one in asked] == [want] * 2
     a.frame0 = 0
-    assert batch()[1:] == (9, (16, 24), 13, 0)
+    batch()
+    assert asked[0][1:] == (9, (16, 24), 13, 0)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert batch() == [(1, "clips 1", "captions 1")] and asked[0][0] == range(first + 4, first + 8)
 
 
 def test_another_seed_and_another_number_draw_otherwise():
@@ -157,7 +171,7 @@ def test_another_seed_and_another_number_draw_otherwise():
 
 def test_muon_takes_the_inner_matrices_and_adamw_the_rest():
     model = tiny_model()
-    adamw, muon = train.make_optimisers(model, "muon", 1e-3, False)
+    adamw, muon = train.make_optimisers(model, "muon", 1e-3)
     names = {p: name for name, p in model.named_parameters()}
     inner = {names[p] for p in muon.param_groups[0]["params"]}
     assert len(inner) == 2 * 7 + 3 * 3  # of two blocks and of three of the MLP's
@@ -168,7 +182,7 @@ def test_muon_takes_the_inner_matrices_and_adamw_the_rest():
     groups = adamw.param_groups + muon.param_groups
     assert [group["weight_decay"] for group in groups] == [0.02, 0, 0.02]
     assert groups[0]["betas"] == groups[1]["betas"] == (0.9, 0.95) and groups[2]["adjust_lr_fn"] == "match_rms_adamw"
-    assert len(train.make_optimisers(model, "adamw", 1e-3, False)) == 1
+    assert len(train.make_optimisers(model, "adamw", 1e-3)) == 1
     assert (train.CLIP, train.EMA, train.MUON) == (3.0, 0.9999, 3)
 
 
@@ -227,9 +241,10 @@ def test_tokens_and_draws_of_each_part(folder, monkeypatch, tiny_files):
     get_batch, forward, generate = train.get_batch, videomar.VideoMAR.forward, train.generate
 
     def watched_batch(*args):
-        asked.append(args[-2:])
-        batches.append(get_batch(*args))
-        return batches[-1]
+        batch = get_batch(*args)
+        asked.extend((args[-1], part) for part, *_ in batch)
+        batches.extend(clips for _, clips, _ in batch)
+        return batch
 
     monkeypatch.setattr(train, "get_batch", watched_batch)
 
@@ -243,7 +258,7 @@ def test_tokens_and_draws_of_each_part(folder, monkeypatch, tiny_files):
     args = [*SHORT, "--steps", 2, "--parts", 2, "--seed", 7, "--noise", 0.3, "--dtype", "float32", "--recompute"]
     assert run_train(monkeypatch, *args, "--tokenizer", tiny_files / "tokenizer.pt") == 0
     assert asked == [(0, 0), (0, 1), (1, 0), (1, 1)]  # steps and parts
-    for i, ((clips, _), (x, _, recompute, seed)) in enumerate(zip(batches, forwards)):
+    for i, (clips, (x, _, recompute, seed)) in enumerate(zip(batches, forwards)):
         tokens = tiny_tokenizer().encode(to_float(clips))
         assert seed == (7 * 2654435761 + i // 2 * 2**10 + i % 2) % 2**32
         torch.manual_seed(seed)
@@ -339,11 +354,10 @@ def test_a_resumed_run_may_get_longer_but_its_past_stays(folder, monkeypatch, ti
     """One number for all stages would send a run that is in the second one back to the first."""
     assert run_train(monkeypatch, *ARGS, "--tokenizer", tiny_files / "tokenizer.pt") == 0
     for steps in ("9", "4,3", "3,2"):
-        with pytest.raises(Bad, match="--resume: --steps was 3,3, and stages that are done stay so"):
+        with pytest.raises(Bad, match="--resume: --steps was 3,3; change the last number alone, and to no fewer"):
             train.read_options(["--resume", "--steps", steps])
     a, *_ = train.read_options(["--resume", "--steps", "3,9"])
     assert a.steps == [3, 9]
-    assert train.stage_ends([3, 3], 2) == train.stage_ends([4, 9], 2) != train.stage_ends([1, 9], 2)
 
 
 def test_nothing_of_an_earlier_run_is_lost(folder, monkeypatch, tiny_files):
@@ -524,10 +538,10 @@ def test_a_rank_that_is_killed_or_stopped_ends_the_run(folder, tiny_files, name)
     (folder / "ends.py").write_text(SMALL.replace("train.run(train.main)", f"""
 import os, signal, time
 get_batch, save = train.get_batch, train.save
-def end(a, source, config, stride, stage, t, step, part):
+def end(a, source, config, stride, schedule, step):
     if step == 1 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.{name})
-    return get_batch(a, source, config, stride, stage, t, step, part)
+    return get_batch(a, source, config, stride, schedule, step)
 def slowly(*args):
     time.sleep(1)
     save(*args)
