@@ -263,7 +263,7 @@ def main():
     source = find(a.img or a.video or Path("clip"))  # from text alone, the name of what is written
     prompt = a.prompt if a.prompt is not None else caption_of(source)
     beside = f" (beside {relpath(source)})" if prompt and a.prompt is None else ""
-    print(f"prompt: {prompt[:200]!r}{beside}")
+    print(f"prompt: {prompt[:200]!r}{beside}" if prompt else "prompt: none; --prompt TEXT tells what happens")
     out = a.out or Path(f"out/{source.stem}.gif")
     paths = [out if a.n == 1 else out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(a.n)]
     strip, watched = out.with_name(f"{out.stem}-strip.png"), out.with_name(f"{out.stem}-watch.gif")

@@ -400,7 +400,8 @@ def main():
                 score = psnr(tokenizer.decode(tokens), held_out).mean()
             save(tokenizer.pack(), path)
             bar.write(f"step {step + 1}: held-out PSNR {score:.2f} dB, largest token {tokens.abs().max():.1f}")
-    print(f"wrote {path}; python train.py --tokenizer {path} trains on it")
+    clips = "".join(f" --{name} {value}" for name, value in (("data", a.data), ("fps", a.fps)) if value)
+    print(f"wrote {path}; python train.py --tokenizer {path}{clips} trains on it")
 
 
 if __name__ == "__main__":

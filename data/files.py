@@ -116,11 +116,11 @@ def load(path, *kinds, mmap=False):
         with warnings.catch_warnings(action="ignore"):  # torch's, about files that are refused anyway
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
-        raise Bad(f"{path}: no such file; give a {kinds[0]} written by this code") from None
+        raise Bad(f"{path}: no such file; give a {kinds[0]} file of this code") from None
     except Exception as e:
-        raise Bad(f"{path}: not a {kinds[0]} of ours, or damaged ({type(e).__name__})") from None
+        raise Bad(f"{path}: not a {kinds[0]} file of this code, or damaged ({type(e).__name__})") from None
     if not isinstance(content, dict) or content.get("kind") not in kinds:
-        raise Bad(f"{path}: not a {kinds[0]}; give one written by this code")
+        raise Bad(f"{path}: not a {kinds[0]} file of this code")
     return content
 
 

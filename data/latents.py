@@ -65,7 +65,7 @@ class Latents(Source):
     def batch(self, seeds, frames, size, length=None, change_until=0):
         """-> latents float32 (batch, T, h, w, C), captions."""
         if size != self.size or (length or frames) > self.frames:
-            raise Bad(f"{self.about}; give --size that, and --frames up to that")
+            raise Bad(f"{self.about}; give --frames {self.frames} or fewer, and leave --size out")
         latent_frames = 1 + (frames - 1) // self.stride[0]
         drawn = [self.clips[np.random.default_rng((seed, 1)).integers(len(self.clips))] for seed in seeds]
         latents = torch.stack([shard["latents"][row, :latent_frames].float() for shard, row in drawn])

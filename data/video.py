@@ -2,6 +2,7 @@
 
 Pillow reads what it can; .mp4, .webm, .mov and .mkv go through av (pip install av).
 """
+import errno
 import signal
 import sys
 import zlib
@@ -43,7 +44,9 @@ def caption_of(path):
 def to_rgb(image):
     """A picture of any mode -> RGB, upright; transparent pixels become white, 16 bits become 8."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
+    if image.mode in ("I", "F"):
+        raise OSError(errno.EINVAL, "32 bits a pixel, where 8 or 16 can be read")
+    if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
 
@@ -153,7 +156,7 @@ class Source:
 class Folder(Source):
     """Videos and animations below a folder, captions beside them. What cannot be used is skipped, with one warning.
 
-    out: a folder whose contents are no clips. Raises Bad.
+    out: a folder below it whose contents are no clips. Raises Bad.
     """
 
     def __init__(self, folder, fps=None, out=None):
@@ -163,7 +166,8 @@ class Folder(Source):
         root, outputs = folder.resolve(), out and out.resolve()
         for path in sorted(root.rglob("*")):
             hidden = any(part[0] == "." for part in path.relative_to(root).parts)
-            if path.suffix.lower() in VIDEOS + ANIMATIONS and not hidden and outputs not in path.parents:
+            output = outputs in path.parents and outputs not in (root, *root.parents)
+            if path.suffix.lower() in VIDEOS + ANIMATIONS and not hidden and not output:
                 self.clips.append((path, caption_of(path)))
         if not self.clips:
             raise Bad(f"{folder}: no clips in it; looked for {', '.join(VIDEOS + ANIMATIONS)}")

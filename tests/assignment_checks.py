@@ -48,6 +48,7 @@ def load(path, exercise):
             *owner, function = name.split(".")
             source, target = ours, theirs
             for part in owner:  # the class
+                expect(hasattr(theirs, part), f"{part} is missing; hand in the whole file")
                 source, target = getattr(source, part), getattr(target, part)
             setattr(target, function, getattr(source, function))
     return theirs
@@ -173,6 +174,7 @@ def check_masking(theirs):
     for _ in range(2):
         torch.manual_seed(3)
         draws.append(theirs.draw_mask_ratio((1.0, 0.25, 0.7, 1.0)))
+    expect(isinstance(draws[0], float), f"draw_mask_ratio returns a {type(draws[0]).__name__}; it must be a float")
     expect(draws[0] == draws[1], "the same seed of torch gives another ratio; draw it by torch's random numbers")
 
     asked = []

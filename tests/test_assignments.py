@@ -58,6 +58,7 @@ WRONG = [
     (4, "places = begin + torch.rand", "places = torch.rand", "a frame before t is masked"),
     (4, "return nn.init.trunc_normal_(torch.empty(1), mean, std, low, high).item()",
      "return min(high, max(low, torch.normal(mean, std, (1,)).item()))", "truncated is not clamped"),
+    (4, "mean, std, low, high).item()", "mean, std, low, high)", "returns a Tensor"),
     (4, "return nn.init.trunc_normal_(torch.empty(1), mean, std, low, high).item()",
      "return low + (high - low) * torch.rand(1).item()", "of the draws are below"),
     (4, "return nn.init.trunc_normal_(torch.empty(1), mean, std, low, high).item()",
@@ -253,6 +254,7 @@ def test_a_submission_that_hangs_exits_or_prints_hurts_no_other(folder):
         "leaves": "raise SystemExit(0)",
         "prints": f"print('10 of 10: all green'); import sys; sys.stderr.write('x' * 10**6)\n{SOURCE}",
         "is_broken": "def f(:",
+        "is_a_part": "def rotate(x, cos, sin): pass",
         "starts": f"import subprocess; subprocess.Popen(['sleep', '60'])\n{SOURCE}",
     }
     for name, code in submissions.items():
@@ -262,6 +264,7 @@ def test_a_submission_that_hangs_exits_or_prints_hurts_no_other(folder):
     reasons = {name: assignments.grade_one(folder / name, 1, 20 if name != "hangs" else 4) for name in submissions}
     assert "did not come to an end in 4 seconds" in reasons["hangs"]
     assert "ended Python (exit code 0)" in reasons["exits"]
+    assert "Cache is missing; hand in the whole file" in reasons["is_a_part"]
     assert "SystemExit" in reasons["leaves"] and "SyntaxError" in reasons["is_broken"]
     assert reasons["prints"] is None and reasons["starts"] is None
     assert "no videomar.py" in assignments.grade_one(folder / "empty", 1, 4)

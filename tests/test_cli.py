@@ -167,7 +167,7 @@ def test_video_is_continued_after_its_context(tiny, folder):
 
 def test_prompt_beside_the_picture(tiny, folder):
     Image.new("RGB", (30, 20), "red").save("x.png")
-    assert "prompt: ''" in tiny("--img", "x.png")[1]
+    assert "prompt: none" in tiny("--img", "x.png")[1]
     (folder / "x.txt").write_text("a red square grows\n")
     assert "'a red square grows' (beside x.png)" in tiny("--img", "x.png")[1]
     assert "prompt: 'else'" in tiny("--img", "x.png", "--prompt", "else")[1]
@@ -252,6 +252,7 @@ def make_bad_files(folder, tiny_files):
     (folder / "empty.png").write_bytes(b"")
     (folder / "text.png").write_text("not a picture")
     Image.new("L", (64, 64)).save("one.png")
+    Image.new("F", (64, 64)).save("float.tiff")
     (folder / "cut.png").write_bytes((folder / "one.png").read_bytes()[:40])
     Image.new("1", (20000, 9000)).save("bomb.png")
     (folder / "cut.pt").write_bytes(good[:len(good) // 2])
@@ -277,6 +278,7 @@ BAD = [
     (["--img", "empty.png"], ["empty.png", "cannot be read"]),
     (["--img", "text.png"], ["text.png", "cannot be read"]),
     (["--img", "cut.png"], ["cut.png", "cannot be read"]),
+    (["--img", "float.tiff"], ["float.tiff", "32 bits a pixel"]),
     (["--img", "bomb.png"], ["bomb.png", "DecompressionBombError"]),
     (["--img", "nothing"], ["nothing", "Is a directory"]),
     (["--img", ""], ["cannot be read", "give a picture"]),  # the current folder

@@ -329,11 +329,11 @@ def test_training_on_clips_is_exact_for_any_threads_and_resumes(folder, monkeypa
 
 
 def test_a_run_goes_on_with_its_clips_alone(folder, monkeypatch, capsys, tiny_files):
-    """Its own film strips below --data are none of them; others are told."""
+    """What it or sample.py wrote below --data into --out is none of them; others are told."""
     fill(folder / "clips")
     args = ["--data", ".", "--size", "16x24", "--frames", 5, "--batch", 2, "--tokenizer", tiny_files / "tokenizer.pt"]
     assert run_train(monkeypatch, *args, "--steps", 2) == 0
-    assert (folder / "out/stage1-5.png").exists()
+    write_video(folder / "out/cat.webp", world.clip(9, 9, *SIZE)[0], 12)
     capsys.readouterr()
     assert run_train(monkeypatch, "--resume", "--steps", 4) == 0
     assert "4 clips" in capsys.readouterr().out
@@ -341,6 +341,15 @@ def test_a_run_goes_on_with_its_clips_alone(folder, monkeypatch, capsys, tiny_fi
     write_video(folder / "clips/a/new.webp", world.clip(9, 9, *SIZE)[0], 12)
     with pytest.raises(Bad, match="holds other clips than before"):
         run_train(monkeypatch, "--resume", "--steps", 6)
+    assert len(Folder(Path("out"), out=Path("out")).clips) == len(Folder(Path("clips/a"), out=Path("clips")).clips) == 1
+
+
+def test_a_tokenizer_is_trained_on_clips_and_the_model_on_the_same(folder, monkeypatch, capsys):
+    fill(folder / "clips")
+    args = ["--data", "clips", "--fps", 12, "--steps", 1, "--batch", 2, "--width", 16, "--size", "16x16", "--frames", 5]
+    code, out, err = call(monkeypatch, capsys, *args, module=tokenizer)
+    assert code == 0, err
+    assert "python train.py --tokenizer out/tokenizer-4x8x8.pt --data clips --fps 12.0 trains on it" in out
 
 
 def test_encode_takes_the_tokenizer_that_is_named_and_goes_on_with_it(folder, monkeypatch, capsys, tiny_files):
