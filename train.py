@@ -227,7 +227,7 @@ def estimate_psnr(a, stage, ema, sampling, tokenizer, source, device):
     truth = tokenizer.decode(latents) if source.packed else to_float(clips)
     video = tokenizer.decode(generate(ema.eval(), latents[:, :1], captions, latents.shape[1], sampling))
     path = a.out / f"stage{stage + 1}-{a.frames[stage]}.png"
-    write_strip(path, [to_uint8(clip) for pair in zip(truth, video) for clip in pair], tokenizer.stride[0])
+    write_strip(path, [to_uint8(clip) for pair in zip(truth, video) for clip in pair], tokenizer.stride[0], rows=2)
     return psnr(video[:, :, 1:], truth[:, :, 1:]).mean().item(), path
 
 

@@ -257,9 +257,12 @@ def enlarge(clip):
     return clip.repeat(scale, 1).repeat(scale, 2)
 
 
-def write_strip(path, rows, every):
-    """A film strip: a row for each clip (uint8 frames), with one picture for each latent frame."""
-    write(path, Image.fromarray(np.vstack([np.hstack(row[::every]) for row in rows])).save)
+def write_strip(path, clips, every, rows=1, gap=4):
+    """A film strip: a row for each clip (uint8 frames), one picture for each latent frame, white after so many rows."""
+    strip = np.stack([np.hstack(clip[::every]) for clip in clips])  # (clip, H, W, 3)
+    groups = strip.reshape(-1, rows * strip.shape[1], *strip.shape[2:])
+    groups = np.pad(groups, ((0, 0), (0, gap), (0, 0), (0, 0)), constant_values=255)
+    write(path, Image.fromarray(np.concatenate(groups)[:-gap]).save)
 
 
 def draw_step(tokenizer, latents, masked, t, step, counts):

@@ -149,7 +149,7 @@ def evaluate(model, tokenizer, count, frames, size, sampling, out, context=1, pr
             measures.append([measure(video, true, scene, last_given + 1) for video in videos])
             if len(shown) < 20:
                 shown.append((true, videos[0]))
-    write_strip(out.with_name(f"{out.stem}-strip.png"), [clip for pair in shown for clip in pair], stride)
+    write_strip(out.with_name(f"{out.stem}-strip.png"), [clip for pair in shown for clip in pair], stride, rows=2)
     write_video(out, np.concatenate([np.concatenate(pair, 1) for pair in shown[:8]], 2), fps)
     return report(torch.cat(psnrs), np.array(measures), context, time.time() - start)
 

@@ -311,7 +311,7 @@ def score_blinking(lab, ckpt, name, seeds):
     made = lab.sample(ckpt, truth, [caption for _, caption, *_ in cats], 25)
     videos = [to_uint8(video) for video in made]
     strip = [video for pair in zip(truth[:4], videos) for video in pair]
-    write_strip(lab.folder / f"{name}.png", strip, 2)
+    write_strip(lab.folder / f"{name}.png", strip, 2, rows=2)
     right = []
     for (true, _, eyes, closed), video in zip(cats, videos):
         brightness, true_brightness = (v[:, eyes].astype(float).mean((1, 2)) for v in (video, true))  # of each frame
@@ -408,7 +408,7 @@ def then(lab):
                 moved, true_moved = (p[:, 24] - p[:, 12] for p in (places, true_places))  # wherever it was by then
                 errors.append(np.hypot(*(moved - true_moved).T).mean())
                 shown += [true, video]
-        write_strip(lab.folder / f"strip-{change}.png", shown[:16], 4)
+        write_strip(lab.folder / f"strip-{change}.png", shown[:16], 4, rows=2)
         return [float(np.mean(errors)), float(np.std(errors) / len(errors)**0.5)]
 
     rows = []

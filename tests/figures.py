@@ -133,8 +133,8 @@ def mask(path, model=None):
         page.text(left - 10, top + (f + 0.5) * frame, f"frame {f}", anchor="rm")
         page.box(left + f * frame, top, frame, 3 * frame, None, "black", 1.5)
         page.box(left, top + f * frame, 3 * frame, frame, None, "black", 1.5)
-    page.text(left + 1.5 * frame, top - 34, "the input of token j (column) is changed ...", anchor="ms")
-    page.text(left + 1.5 * frame, top + 3 * frame + 12, "... does the output of token i (row) change?", anchor="ma")
+    page.text(left + 1.5 * frame, top - 50, "Does the output of token i (row) change", anchor="ms")
+    page.text(left + 1.5 * frame, top - 32, "with the input of token j (column)?", anchor="ms")
     end = (t + 1) * frame
     page.box(left + 3, top + t * frame + 3, t * frame - 6, frame - 6, None, ORANGE, 4)
     page.line((left - 16, top + end), (left + end, top + end), (left + end, top - 6), colour=RED, width=4)
@@ -228,7 +228,7 @@ def heads(path, layer=1, t=3, reach=2, side=14):
     clips, captions = World().batch(range(16), 25, (64, 64), held_out=True)
     latents = tokenizer.encode(to_float(clips))
     page = Page(840, 450)
-    page.text(18, 12, "orange: the place\nof the query", ORANGE, size=12)
+    page.text(18, 12, "orange: the query's place\nblue: its attention", ORANGE, size=12)
     for row, (name, model) in enumerate((("before training", start), ("after training", trained))):
         top = 45 + 205 * row
         page.text(18, top, name)

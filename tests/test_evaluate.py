@@ -119,7 +119,7 @@ def test_the_last_line_is_json_and_agrees_with_the_table(folder, tiny_files, mon
         assert float(row.split()[-1]) == pytest.approx(result[key], abs=0.006)
     assert "held-out clips of the drawn world" in out and "something else" not in out
     assert Image.open("out/eval.gif").size == (3 * 24, 2 * 16) and Image.open("out/eval.gif").n_frames == 9
-    assert Image.open("out/eval-strip.png").size == (3 * 24, 6 * 16)
+    assert Image.open("out/eval-strip.png").size == (3 * 24, 6 * 16 + 2 * 4)  # three pairs
     _, out, _ = call(monkeypatch, capsys, "--ckpt", tiny_files / "ckpt.pt", "--clips", 1, "--context", 2)
     assert "PSNR, dB, by latent frame         2   mean" in out
 

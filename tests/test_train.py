@@ -291,8 +291,10 @@ def test_the_film_strip_and_its_score(folder, monkeypatch):
     assert torch.equal(seen[0], tokens[:, :1]) and seen[1:] == [captions, 3, TINY_SAMPLING, 7]
     video = tokenizer.decode(tokens.flip(2))
     assert score == pytest.approx(psnr(video[:, :, 1:], truth[:, :, 1:]).mean().item())
-    rows = [np.concatenate(list(to_uint8(clip)[::4]), 1) for pair in zip(truth, video) for clip in pair]
-    assert path == folder / "stage2-9.png" and np.array_equal(np.asarray(Image.open(path)), np.concatenate(rows))
+    pairs = [np.vstack([np.hstack(to_uint8(clip)[::4]) for clip in pair]) for pair in zip(truth, video)]
+    white = np.full((4, 3 * 24, 3), 255, np.uint8)
+    rows = [part for pair in pairs for part in (pair, white)][:-1]
+    assert path == folder / "stage2-9.png" and np.array_equal(np.asarray(Image.open(path)), np.vstack(rows))
 
 
 def test_one_step_in_some_trains_frame_0(folder, monkeypatch, tiny_files):
