@@ -133,7 +133,7 @@ def render(scene, frames, height, width):
     for s in reversed(scene.sprites):
         cx, cy, r, angle = (a.astype(np.float32)[:, None, None] for a in path(s, frames, height, width))
         cx, cy, r = cx * scale - 0.5, cy * scale - 0.5, r * scale  # pixel centres lie on whole numbers
-        n = int(np.ceil(2.1 * r.max())) + 3
+        n = int(np.ceil(2.4 * r.max())) + 3  # the tip of an ear is 1.19 r from the centre
         rows = (np.round(cy - n / 2).astype(int) + np.arange(n)[None, :, None]).clip(0, height - 1)
         cols = (np.round(cx - n / 2).astype(int) + np.arange(n)[None, None, :]).clip(0, width - 1)
         dx, dy = ((cols - cx) / r).astype(np.float32), ((rows - cy) / r).astype(np.float32)

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ import tokenizer
 import train
 import videomar
 from data import world
-from data.files import DATA
+from data.files import DATA, Bad
 from data.video import enlarge, read_clip, to_float, write_video
 
 
@@ -59,6 +60,35 @@ def test_every_ending_and_a_strip_beside_it(tiny, folder):
     assert abs(frames_of("a.gif").astype(int) - frames_of("a.png")).mean() < 4
     assert Image.open("a-strip.png").size == (3 * 24, 16)
     assert "s per latent frame (" in out
+
+
+def test_pictures_a_second_of_what_is_written(tiny, folder):
+    """A GIF has 50 at most, and all are repeated for ever."""
+    for name, fps, duration in (("a.webp", 5, 200), ("a.gif", 240, 20)):
+        assert tiny(*CAT, "--fps", fps, "--out", name)[0] == 0
+        with Image.open(name) as image:
+            image.load()
+            assert (image.info["duration"], image.info["loop"]) == (duration, 0)
+
+
+def test_what_is_read_or_cannot_be_written_is_told_before_sampling(tiny, folder, monkeypatch):
+    """Of the film strip, too."""
+    monkeypatch.setattr(sample, "generate", None)
+    Image.new("L", (64, 64)).save("a-strip.png")
+    code, _, err = tiny("--img", "a-strip.png", "--out", "a.gif")
+    assert code == 2 and "would be overwritten" in err
+    (folder / "b-strip.png").mkdir()
+    code, _, err = tiny(*CAT, "--out", "b.gif")
+    assert code == 2 and "b-strip.png: it is a folder" in err
+
+
+def test_later_prompts_are_of_all_clips_and_of_models_with_a_cache():
+    a = SimpleNamespace(then=[("5", "b")], no_cache=False, box=None, n=2)
+    assert sample.later_prompts(a, 1, 9, 4, TINY) == {2: ["b", "b"]}
+    for changes in ({"attention": "full"}, {"loss": "total-mask"}):
+        with pytest.raises(Bad, match="causal next-frame"):
+            sample.later_prompts(a, 1, 9, 4, replace(TINY, **changes))
+
 
 
 def test_what_is_written_is_enlarged_by_the_least_whole_number(folder, tiny_files, monkeypatch, capsys):

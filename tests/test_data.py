@@ -454,6 +454,37 @@ def test_latents_are_of_the_middle_of_a_clip(folder):
     assert latents.dtype == torch.float16 and torch.allclose(latents.float(), want, atol=0.01)
 
 
+def test_what_latents_and_folders_know_of_the_rate(folder):
+    """Clips at another rate, or others, are other clips; endings may be capitals."""
+    fill(folder / "a", 2)
+    fill(folder / "b", 3)
+    for name in "ab":
+        encode(folder / name, folder / f"latents-{name}", tiny_tokenizer(), 5, SIZE)
+    assert Latents(folder / "latents-a").files != Latents(folder / "latents-b").files
+    with pytest.raises(Bad, match="other clips, settings"):
+        write_latents(Folder(folder / "a", 10), folder / "latents-a", tiny_tokenizer(), 5, SIZE, "cpu")
+    assert open_source(folder / "a", 5).fps == 5
+    assert Folder(folder / "a", 5).read(1, 9, SIZE, 0.0) is None  # 9 frames at 10 a second are 4 at 5
+    os.rename("a/clip0.gif", "a/CLIP0.GIF")
+    assert len(Folder(folder / "a").clips) == 2
+
+
+def test_the_rate_reaches_the_latents(folder, monkeypatch, capsys, tiny_files):
+    fill(folder / "clips", 1)
+    args = ["--encode", "clips", "--fps", 10, "--frames", 5, "--size", "16x24", "--out", "latents"]
+    assert call(monkeypatch, capsys, *args, "--tokenizer", tiny_files / "tokenizer.pt", module=tokenizer)[0] == 0
+    assert torch.load("latents/latents.pt", weights_only=True)["settings"]["fps"] == 10
+
+
+def test_the_first_frames_of_a_clip_are_the_same_at_any_rate(folder):
+    """Training reads up to frame t of a clip that is as long as the stage's."""
+    video = np.arange(20, dtype=np.uint8)[:, None, None, None] * 10 + np.zeros((20, 30, 20, 3), np.uint8)
+    write_video(folder / "a.webp", video, 10)
+    whole, part = (read_clip(folder / "a.webp", (30, 20), n, fps=5, place=1.0, length=4) for n in (4, 2))
+    assert np.array_equal(part, whole[:2])
+
+
+
 def test_latents_of_other_clips_are_not_mixed(folder, monkeypatch):
     """Another tokenizer, another caption: nothing of it goes beside what is there. A shard that is lost is told."""
     fill(folder / "clips", 2)

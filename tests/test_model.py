@@ -1,4 +1,5 @@
 """The properties of the method, each by a test that fails when the property is broken."""
+import itertools
 import math
 from dataclasses import asdict, replace
 
@@ -50,6 +51,8 @@ def test_the_defaults_are_the_papers():
     assert asdict(Config()) == told
     told = dict(unmask_steps=64, diffusion_steps=100, cfg=3, cfg_schedule="linear", temperature="progressive", clamp=4)
     assert asdict(Sampling()) == told
+    assert PRESETS["toy"]["model"].snr_clip == 1
+    assert PRESETS["toy"]["sampling"] == dict(unmask_steps=6, diffusion_steps=15)
 
 
 @pytest.mark.parametrize("position", ["rope", "absolute"])
@@ -245,6 +248,28 @@ def test_a_block_written_plainly():
     assert torch.allclose(block(x, None, block.text_keys_values(states), None, 5)[0], h, atol=1e-5)
 
 
+def test_heads_start_by_looking_beside_themselves_in_every_direction(monkeypatch):
+    """In their own frame or the one before, and those of another block elsewhere."""
+    real, seen = videomar.rope_angles, set()
+    monkeypatch.setattr(videomar, "rope_angles", lambda p, *args: seen.update(map(tuple, p.tolist())) or real(p, *args))
+    for _ in range(200):
+        videomar.look_beside(TINY)
+    assert seen == set(itertools.product((0, 1), (-1, 0, 1), (-1, 0, 1)))
+    first, second = VideoMAR(PRESETS["toy"]["model"], Words(128)).blocks[:2]
+    assert not torch.equal(first.qkv.bias, second.qkv.bias)
+
+
+def test_attention_masks_on_other_devices_too():
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda")
+
+    q, k, v = torch.randn(3, 2, 4, 5, 8)
+    mask = torch.tensor([True, True, False, True, False]).expand(2, 1, 1, 5)
+    there = videomar.attend(*(x.as_subclass(Elsewhere) for x in (q, k, v)), mask)
+    assert torch.allclose(there.as_subclass(torch.Tensor), videomar.attend(q, k, v, mask), atol=1e-5)
+
+
+
 # ----------------------------------------------------------------------------------------------------- the loss
 @pytest.mark.parametrize("t", [1, 2, 3])
 def test_cut_sequence_gives_the_same_loss_and_gradients(monkeypatch, t):
@@ -433,6 +458,17 @@ def test_schedule_and_posterior_against_float64(steps):
         assert low.item() == pytest.approx(-math.log(precision), abs=1e-4)
         assert d.posterior(one, one, i, one)[1].item() == pytest.approx(math.log(beta), abs=1e-4)
     assert abar[-1] == pytest.approx(2.4e-9, rel=0.02)
+
+
+def test_the_lowest_variance_of_the_last_step_is_that_of_the_step_before():
+    d, zero = Diffusion(1000, 25), torch.zeros(1, 1)
+    first, second = (d.posterior(zero, zero, i, zero - 1)[1].item() for i in (0, 1))
+    assert first == second
+
+
+def test_training_has_the_timesteps_of_its_configuration():
+    assert tiny_model(timesteps=50).diffusion.timesteps.tolist() == list(range(50))
+
 
 
 @pytest.mark.parametrize("steps", [1000, 100, 25, 2])
@@ -733,6 +769,14 @@ def test_ablations_train_and_sample(changes):
     assert torch.equal(x[:, :1], clip(1)) and (x[:, 1:].abs().amax((2, 3, 4)) > 0).all()
 
 
+def test_full_attention_samples_with_the_later_masks_it_was_trained_with(monkeypatch):
+    model = tiny_model(attention="full")
+    seen = watched(monkeypatch, model)
+    sampled(model, clip(1), 4)
+    assert len(seen) >= 9 and all(masked.shape[1] == 4 * N for masked in seen)
+
+
+
 def test_total_mask_fills_all_frames_at_once(monkeypatch):
     """Its steps mix tokens of all frames; next-frame finishes one frame before the next."""
     for loss, mixed in (("total-mask", True), ("next-frame", False)):
@@ -783,6 +827,31 @@ def test_a_later_prompt_changes_later_frames_alone():
     plain, same, changed = (sampled(model, clip(1), 5, then=then) for then in later)
     assert torch.equal(plain, same) and torch.equal(plain[:, :3], changed[:, :3])
     assert (plain[:, 3] - changed[:, 3]).abs().amax((1, 2, 3)).min() > 1e-2
+
+
+def test_finished_frames_are_cached_with_their_own_prompt(monkeypatch):
+    model, texts = tiny_model(), []
+    real = model.hidden
+
+    def hidden(*args):
+        if args[-1].numel() == 0:  # no token is asked for: only keys and values are stored
+            texts.append(args[2])
+        return real(*args)
+
+    monkeypatch.setattr(model, "hidden", hidden)
+    sampled(model, clip(1), 5, then={3: CAPTIONS[::-1]})
+    assert texts[0] is texts[1] is texts[2] is not texts[3]
+
+
+def test_guidance_reaches_its_end_with_the_last_token_made(monkeypatch):
+    """Also where fewer tokens than a frame's are made, or more."""
+    used = []
+    monkeypatch.setattr(Diffusion, "sample", lambda self, net, x, z, t, guidance, clamp: used.append(guidance) or x)
+    keep = torch.tensor([[True, True, False], [True, False, False]])
+    for model, given, more in ((tiny_model(), 2, {"keep": keep}), (tiny_model(loss="total-mask"), 1, {})):
+        sampled(model, clip(given), 3 if given == 1 else 2, cfg=3.0, **more)
+        assert used[-1] == 3
+
 
 
 def test_editing_keeps_the_tokens_outside_bit_for_bit():

@@ -119,6 +119,9 @@ def test_cosmos_is_probed_measured_and_causal(folder, stride, bare):
         video = decoder(raw.permute(0, 4, 1, 2, 3))
     assert torch.allclose(cosmos.decode(x), (video if bare else video[0]).float(), atol=0.02)
     assert not torch.allclose(cosmos.decode(raw), cosmos.decode(x), atol=0.02)
+    still = torch.zeros(1, 3, 17, 32, 48)
+    cosmos.measure(still)  # its std is 0
+    assert cosmos.encode(still).isfinite().all()
 
 
 def test_training_and_sampling_on_cosmos(folder, monkeypatch, capsys):
@@ -186,6 +189,10 @@ def test_qwen_states_are_padded_masked_and_kept(folder):
     states, mask = text(captions)
     assert states.shape == (3, 16, 32) and mask.sum(1).tolist() == [9, 6, 1] and text.dim == 32
     alone, _ = text([captions[1]])
+    transformers = sys.modules["transformers"]
+    ids = transformers.AutoTokenizer.from_pretrained("qwen")(captions[0], return_tensors="pt").input_ids
+    want = transformers.AutoModel.from_pretrained("qwen")(ids).last_hidden_state[0]  # which know the words around
+    assert torch.allclose(states[0, :9], want, atol=1e-5)
     encoded = text.states_of.cache_info().misses
     assert torch.allclose(states[1, :6], alone[0, :6], atol=1e-6) and encoded == 4  # and one for the width
     assert torch.equal(text(captions)[0], states)

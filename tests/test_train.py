@@ -386,6 +386,30 @@ def test_nothing_of_an_earlier_run_is_lost(folder, monkeypatch, tiny_files):
     assert all(v.isfinite().all() for v in params("out/ckpt.pt").values())
 
 
+def test_what_a_start_from_a_checkpoint_takes_from_it(folder, tiny_files):
+    """Its preset, and so its optimiser and rate; and it is in training mode, so that --recompute works."""
+    content = checkpoint(tiny_files / "ckpt.pt")
+    content["options"]["preset"] = "paper"
+    torch.save(content, "init.pt")
+    a, _, content = train.read_options(["--frames", "5", "--recompute", "--init", "init.pt"])
+    assert (a.preset, a.lr, a.optimiser) == ("paper", 1e-4, "adamw")
+    assert train.make_model(a, content, 16, torch.device("cpu"), torch.float32)[0].training
+
+
+def test_a_run_keeps_its_tokens_and_may_change_its_rate(folder, monkeypatch, tiny_files):
+    assert run_train(monkeypatch, *SHORT, "--tokenizer", tiny_files / "tokenizer.pt") == 0
+    other = tiny_tokenizer()
+    other.encoder[0].weight.data += 1
+    files.save(other.pack(), "other.pt")
+    with pytest.raises(Bad, match="its tokens are not those of"):
+        run_train(monkeypatch, "--resume", "--steps", 2, "--tokenizer", "other.pt")
+    assert train.read_options(["--resume", "--steps", "2", "--lr", "1e-5"])[0].lr == 1e-5
+    monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", lambda *args: torch.tensor(torch.inf))
+    with pytest.raises(Bad, match="the gradients are not finite"):
+        run_train(monkeypatch, "--resume", "--steps", 2)
+
+
+
 def test_a_folder_takes_one_run_at_a_time(folder, monkeypatch, tiny_files):
     """The second is told, and changes nothing; a run that was killed blocks no other."""
     args = [*SHORT, "--tokenizer", tiny_files / "tokenizer.pt"]
@@ -525,6 +549,8 @@ def test_two_ranks_give_the_file_of_one_process(folder, tiny_files):
     for name in ("ckpt.pt", "videomar.pt"):
         one, two = checkpoint(f"one/{name}"), checkpoint(f"two/{name}")
         assert one.keys() == two.keys() and [k for k in one if not alike(one[k], two[k])] == []
+    for row, other in zip(columns("one/log.csv")[1:], columns("two/log.csv")[1:]):
+        assert float(row[3]) == pytest.approx(float(other[3]), abs=1e-4)  # the loss of all ranks
     # Either goes on from the other, on other ranks.
     for out, ranks in (("one", 2), ("two", 0)):
         done = spawn("small.py", "--resume", "--steps", 3, "--out", out, ranks=ranks)
