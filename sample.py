@@ -28,7 +28,7 @@ def frame_sampling(sampling, t, n_given):
 
     A frame 0 that is not given (text-to-video, editing) has settings of its own (ours). Without noise or guidance it
     would be the likeliest picture, an empty one. Tokens of one step do not see each other: with few steps, two sprites
-    may begin at once. The total-mask loss draws all frames as the first one that is not given.
+    may begin at once.
     """
     if t == 0:
         steps, cfg = 10 * sampling.unmask_steps, max(sampling.cfg, 5.0)
@@ -70,7 +70,7 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
     null = torch.arange(batch * branches, device=device) >= batch
     text = model.read_text(captions * branches, null)
     diffusion = Diffusion(config.timesteps, sampling.diffusion_steps).to(device)
-    causal = config.attention == "causal"
+    causal, next_frame = config.attention == "causal", config.loss == "next-frame"
     cache = Cache(config, batch * branches, frames * n, device, text[0][0].dtype) if use_cache and causal else None
 
     def hidden(begin, end, chosen):
@@ -84,14 +84,17 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
         return model.hidden(x_part, masked_part, text, grid, begin, cache, places).flatten(0, 1)
 
     # One frame after the other; a model of the total-mask loss fills all of them as one large picture.
-    groups = [(n_given, frames)] if config.loss == "total-mask" else [(t, t + 1) for t in range(n_given, frames)]
+    groups = [(t, t + 1) for t in range(n_given, frames)] if next_frame else [(n_given, frames)]
     for begin, end in tqdm(groups, "latent frames", disable=not progress):
         if cache and cache.length < begin * n:  # given or just finished frames run once more, and their keys stay
             hidden(cache.length // n, begin, torch.empty(batch, 0, dtype=torch.long, device=device))
             cache.length = begin * n
         if then and begin in then:
             text = model.read_text(then[begin] * branches, null)
-        now = frame_sampling(sampling, begin, n_given)
+        if next_frame:
+            now = frame_sampling(sampling, begin, n_given)
+        else:  # all frames are drawn as the first one behind a given one is
+            now = frame_sampling(sampling, 1, 1)
         places = begin * n + (~known[begin * n:end * n]).nonzero()[:, 0]
         order = places[torch.rand(batch, len(places), device=device).argsort(1)]  # random, for each clip (MAR)
         counts = unmask_counts(len(places), now.unmask_steps * (end - begin))

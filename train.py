@@ -36,9 +36,9 @@ EMA = 0.9999  # highest decay of the averaged weights (MAR), reached after 300,0
 INNER = ("blocks.", "diffusion_mlp.modulate", "diffusion_mlp.mlps")  # modules whose matrices Muon takes
 MUON = 3  # times the learning rate of AdamW (measured)
 ABLATIONS = ("attention", "loss", "position")
-# Options that a checkpoint does not keep, and of those that it keeps the ones that --resume may change.
+# Options that a checkpoint does not keep:
 OF_THIS_RUN = ("init", "resume", "out", "tokenizer", "device", "dtype", "compile", "recompute")
-FREE = ("steps", "lr", "save_every", "data", "text")
+FREE = ("steps", "lr", "save_every", "data", "text")  # options that it keeps, and that --resume may change
 
 
 def options_parser():

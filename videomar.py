@@ -219,7 +219,7 @@ class Block(nn.Module):
 class Diffusion(nn.Module):
     """The cosine schedule of I-DDPM: noise prediction, and a variance learned between two bounds.
 
-    With fewer `steps` the schedule is respaced: evenly chosen timesteps of the long one keep their products of alphas.
+    With fewer `steps`, two at least, the schedule is respaced: evenly chosen timesteps keep their products of alphas.
     Step i is an index into the chosen timesteps. Everything here is float32, whatever the network runs in.
     """
 
@@ -283,9 +283,9 @@ class Diffusion(nn.Module):
         """Ancestral sampling from noise x (tokens, C), given hidden states z (tokens, dim) -> tokens (tokens, C).
 
         net(x_i, timestep, z) -> (tokens, 2C). The temperature multiplies the noise that each step adds, not the first x
-        (MAR). With a guidance, z is of the captions, then of the nulls, net takes x twice, and eps = null + guidance
-        (conditional - null). The predicted x_0 is clamped (ours): at timestep 999 it is an error of eps times 20,000,
-        and early models would paint black.
+        (MAR). With a guidance, z holds the states under the captions, then those under the null (2 * tokens, dim). Net
+        gets x twice, and eps = null + guidance (conditional - null). The predicted x_0 is clamped (ours): at timestep
+        999 it is an error of eps times 20,000, and early models would paint black.
         """
         for i in reversed(range(self.steps)):
             out = net(x if guidance is None else torch.cat([x, x]), self.timesteps[i, None], z).float()
@@ -366,10 +366,10 @@ class VideoMAR(nn.Module):
                 nn.init.zeros_(module.weight)
 
     def read_text(self, captions, null):
-        """Captions, and null (batch,), True where the learned null replaces the caption, as it does one without words.
+        """Captions, and null (batch,), True where the learned null replaces the caption -> what `hidden` takes.
 
-        -> what `hidden` takes: keys and values of each block's cross-attention (2, batch, head, word, d), and the mask
-        (batch, 1, 1, word).
+        That is keys and values of each block's cross-attention (2, batch, head, word, d), and the mask (batch, 1, 1,
+        word). The null always replaces a caption without words.
         """
         states, mask = self.text(captions)
         empty = [not any(map(str.isalnum, caption)) for caption in captions]

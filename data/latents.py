@@ -1,6 +1,6 @@
 """Latents of a folder of clips, encoded once: `write_latents` writes shards, and training takes batches from `Latents`.
 
-A shard holds float16 latents and captions. It is mapped into memory, so that to draw a clip reads that clip alone.
+A shard holds float16 latents and captions. It is mapped into memory, so drawing a clip reads that clip alone.
 latents.pt holds the tokenizer and the settings.
 """
 import numpy as np

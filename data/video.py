@@ -44,9 +44,9 @@ def caption_of(path):
 def to_rgb(image):
     """A picture of any mode -> RGB, upright; transparent pixels become white, 16 bits become 8."""
     image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F"):
+    if image.mode == "F" or image.mode == "I" and image.getextrema()[1] > 65535:
         raise OSError(errno.EINVAL, "32 bits a pixel, where 8 or 16 can be read")
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
 
@@ -149,7 +149,7 @@ class Source:
         return torch.from_numpy(np.stack(clips)), list(captions)
 
     def held_out(self, count, frames, size):
-        """Clips for the film strips. Those of a folder are clips that training sees, from other places in them."""
+        """Clips for the film strips. Those of a folder or of latents are not held out: training sees them, too."""
         return self.batch(range(2**62, 2**62 + count), frames, size)
 
 
@@ -258,7 +258,7 @@ def enlarge(clip):
 
 
 def write_strip(path, clips, every, rows=1, gap=4):
-    """A film strip: a row for each clip (uint8 frames), one picture for each latent frame, white after so many rows."""
+    """A row for each clip (uint8 frames), one picture for each latent frame; white between groups of `rows` clips."""
     strip = np.stack([np.hstack(clip[::every]) for clip in clips])  # (clip, H, W, 3)
     groups = strip.reshape(-1, rows * strip.shape[1], *strip.shape[2:])
     groups = np.pad(groups, ((0, 0), (0, gap), (0, 0), (0, 0)), constant_values=255)

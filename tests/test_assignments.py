@@ -174,6 +174,8 @@ RIGHT = [
     (6, "a, b = x.chunk(2, -1)\n    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)",
      "a, b = x.chunk(2, -1)\n    return x * cos.repeat(1, 2) + torch.cat([-b, a], -1) * sin.repeat(1, 2)"),
     (7, "c = F.silu(", "c = (lambda y: y * y.sigmoid())("),
+    (8, "for i in reversed(range(self.steps)):", "for i in reversed(range(len(self.timesteps))):"),
+    (8, "for i in reversed(range(self.steps)):", "for i in range(self.table.shape[1] - 1, -1, -1):"),
     (8, "x = mean if i == 0 else mean + temperature * (0.5 * logvar).exp() * torch.randn_like(x)",
      "x = mean + (i > 0) * temperature * logvar.exp().sqrt() * torch.randn(x.shape)"),
     (9,
@@ -193,7 +195,6 @@ def reason(tmp_path, exercise, old, new):
     path = tmp_path / "videomar.py"
     path.write_text(SOURCE.replace(old, new))
     return first_wrong(exercise, path)
-
 
 
 @pytest.mark.parametrize("exercise, old, new, words", WRONG)

@@ -90,7 +90,6 @@ def test_later_prompts_are_of_all_clips_and_of_models_with_a_cache():
             sample.later_prompts(a, 1, 9, 4, replace(TINY, **changes))
 
 
-
 def test_what_is_written_is_enlarged_by_the_least_whole_number(folder, tiny_files, monkeypatch, capsys):
     for size, scale in (((16, 24), 16), ((48, 40), 7), ((256, 300), 1), ((720, 1280), 1)):
         clip = np.random.default_rng(0).integers(0, 256, (2, *size, 3), np.uint8)
@@ -241,7 +240,7 @@ def test_a_region_is_made_anew(tiny, folder):
     assert not np.array_equal(frames_of("a.png"), frames_of("c.png"))
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "I;16", "1", "rotated"])
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "I;16", "pgm", "1", "rotated"])
 def test_pictures_of_every_kind(tiny, folder, mode):
     """The same picture, dark left and light right, however it is stored."""
     ramp = np.tile(np.linspace(0, 255, 96).astype(np.uint8), (64, 1))
@@ -249,6 +248,9 @@ def test_pictures_of_every_kind(tiny, folder, mode):
     name = "p.png"
     if mode == "I;16":
         Image.fromarray(ramp.astype(np.uint16) * 257).save(name)
+    elif mode == "pgm":
+        name = "p.pgm"
+        Path(name).write_bytes(b"P5 96 64 65535 " + (ramp.astype(">u2") * 257).astype(">u2").tobytes())
     elif mode == "CMYK":
         name = "p.tif"
         grey.convert("RGB").convert("CMYK").save(name)

@@ -484,7 +484,6 @@ def test_the_first_frames_of_a_clip_are_the_same_at_any_rate(folder):
     assert np.array_equal(part, whole[:2])
 
 
-
 def test_latents_of_other_clips_are_not_mixed(folder, monkeypatch):
     """Another tokenizer, another caption: nothing of it goes beside what is there. A shard that is lost is told."""
     fill(folder / "clips", 2)

@@ -269,7 +269,6 @@ def test_attention_masks_on_other_devices_too():
     assert torch.allclose(there.as_subclass(torch.Tensor), videomar.attend(q, k, v, mask), atol=1e-5)
 
 
-
 # ----------------------------------------------------------------------------------------------------- the loss
 @pytest.mark.parametrize("t", [1, 2, 3])
 def test_cut_sequence_gives_the_same_loss_and_gradients(monkeypatch, t):
@@ -468,7 +467,6 @@ def test_the_lowest_variance_of_the_last_step_is_that_of_the_step_before():
 
 def test_training_has_the_timesteps_of_its_configuration():
     assert tiny_model(timesteps=50).diffusion.timesteps.tolist() == list(range(50))
-
 
 
 @pytest.mark.parametrize("steps", [1000, 100, 25, 2])
@@ -776,7 +774,6 @@ def test_full_attention_samples_with_the_later_masks_it_was_trained_with(monkeyp
     assert len(seen) >= 9 and all(masked.shape[1] == 4 * N for masked in seen)
 
 
-
 def test_total_mask_fills_all_frames_at_once(monkeypatch):
     """Its steps mix tokens of all frames; next-frame finishes one frame before the next."""
     for loss, mixed in (("total-mask", True), ("next-frame", False)):
@@ -789,9 +786,9 @@ def test_total_mask_fills_all_frames_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("temperature, used_one", [(0.7, 0.7), ("progressive", 1.0)])
-@pytest.mark.parametrize("given", [1, 2])
+@pytest.mark.parametrize("given", [0, 1, 2])
 def test_total_mask_takes_the_steps_of_all_frames_that_are_made(monkeypatch, given, temperature, used_one):
-    """All are drawn as the first of them would be."""
+    """Frame 0 is one of them: nothing is different for it."""
     steps, used, real = [], set(), sample.unmask_counts
     monkeypatch.setattr(sample, "unmask_counts", lambda n, k: steps.append((n, k)) or real(n, k))
     monkeypatch.setattr(Diffusion, "sample", lambda self, net, x, z, temperature, *a: used.add(temperature) or x)
@@ -851,7 +848,6 @@ def test_guidance_reaches_its_end_with_the_last_token_made(monkeypatch):
     for model, given, more in ((tiny_model(), 2, {"keep": keep}), (tiny_model(loss="total-mask"), 1, {})):
         sampled(model, clip(given), 3 if given == 1 else 2, cfg=3.0, **more)
         assert used[-1] == 3
-
 
 
 def test_editing_keeps_the_tokens_outside_bit_for_bit():

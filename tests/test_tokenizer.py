@@ -384,7 +384,6 @@ def test_a_spinning_sprite_is_drawn_whole(shape):
         assert (abs(video[f] - ground[f]).max(-1)[inside] > 0).all(), f
 
 
-
 def test_scenes_are_drawn_as_told():
     scenes, held_out = ([world.scene(seed, 64, 96, held_out=kind) for seed in range(200)] for kind in (False, True))
     assert [s.background for s in scenes] != [s.background for s in held_out]  # draws of their own

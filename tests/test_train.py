@@ -409,7 +409,6 @@ def test_a_run_keeps_its_tokens_and_may_change_its_rate(folder, monkeypatch, tin
         run_train(monkeypatch, "--resume", "--steps", 2)
 
 
-
 def test_a_folder_takes_one_run_at_a_time(folder, monkeypatch, tiny_files):
     """The second is told, and changes nothing; a run that was killed blocks no other."""
     args = [*SHORT, "--tokenizer", tiny_files / "tokenizer.pt"]
