@@ -86,7 +86,7 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
     # One frame after the other; a model of the total-mask loss fills all of them as one large picture.
     groups = [(t, t + 1) for t in range(n_given, frames)] if next_frame else [(n_given, frames)]
     for begin, end in tqdm(groups, "latent frames", disable=not progress):
-        if cache and cache.length < begin * n:  # given or just finished frames run once more, and their keys stay
+        if cache and cache.length < begin * n:  # one pass stores the keys and values of given or finished frames
             hidden(cache.length // n, begin, torch.empty(batch, 0, dtype=torch.long, device=device))
             cache.length = begin * n
         if then and begin in then:

@@ -378,7 +378,7 @@ def main():
     for step in bar:
         rate = min(1, (step + 1) / 100) * (1 - step / a.steps)  # warm-up, then down a line
         muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"] = a.lr * rate, 0.4 * a.lr * rate
-        first = int(torch.randint(a.frames - short + 1, ()))  # later on, sprites have spun and grown
+        first = int(torch.randint(a.frames - short + 1, ()))  # any place: late in a clip, sprites have spun and grown
         clips, _ = source.batch(range(step * a.batch, (step + 1) * a.batch), first + short, a.size)
         video = to_float(clips[:, first:].to(device))
         part.train()
@@ -390,7 +390,7 @@ def main():
         # By the logarithm each clip counts alike, as in PSNR. Tokens beyond 3 cost: outliers are hard to model.
         loss = (again - video).square().mean((1, 2, 3, 4)).log().mean() + F.relu(tokens.abs() - 3).square().mean()
         loss.backward()
-        nn.utils.clip_grad_norm_(vectors, 50.0)
+        nn.utils.clip_grad_norm_(vectors, 50.0)  # the size of Muon's steps does not depend on the gradients'
         for optimiser in (muon, adamw):
             optimiser.step()
             optimiser.zero_grad()

@@ -16,7 +16,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "10000")  # the CPU's kernels are made for each shape
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "10000")  # the CPU compiles a kernel for each shape: keep all
 
 import torch
 import torch.distributed as dist
@@ -59,7 +59,7 @@ def options_parser():
     add("--batch", type=number(int, 1), help="clips a step, over all ranks (by the preset: 16, 64)")
     add("--parts", type=number(int, 1, 2**10), help="parts that a batch is computed in, over all ranks (one a rank)")
     add("--optimiser", choices=("adamw", "muon"), help="muon: AdamW, but Muon for the inner matrices (by the preset)")
-    add("--lr", type=number(float, 1e-9, 1), help="learning rate (by the preset: 8e-4, 1e-4)")
+    add("--lr", type=number(float, 1e-9, 1), help="of AdamW; Muon's is 3 times it (by the preset: 8e-4, 1e-4)")
     add("--noise", type=number(float, 0, 10), help="std of noise on the tokens (toy on the drawn world 0.15, else 0)")
     add("--frame0", type=number(float, 0, 1), help="share of steps that train frame 0 from the text alone; above 0, "
                                                    "some clips change motions (toy on the drawn world 0.05, else 0)")
@@ -120,7 +120,10 @@ def read_options(argv=None):
 
 
 def stage_steps(frames, steps, table):
-    """Training steps of each stage: those given, one for all or one for each, or those of the preset's table."""
+    """Training steps of each stage: those given, one for all or one for each, or those of the preset's table.
+
+    A length that is not in the table takes the steps of the longest one there.
+    """
     if steps is None:
         return [table.get(length, table[max(table)]) for length in frames]
     if len(steps) not in (1, len(frames)):
@@ -147,7 +150,7 @@ def get_batch(a, source, config, stride, schedule, step):
     """The parts of a step's batch that this rank computes -> [(number of the part, clips, captions)].
 
     A part is a function of the seed, the step and its number. Its clips end with latent frame t, unless the model reads
-    later ones. Motions change before t.
+    later ones. Motions change before t, so that frame t always moves as the caption tells.
     """
     stage, t = schedule[step]
     frames = 1 + t * stride if config.cuts else a.frames[stage]
@@ -274,7 +277,7 @@ def main():
     del checkpoint  # it may be large
     if world_size > 1:
         for tensor in (*model.parameters(), *ema.parameters()):
-            dist.broadcast(tensor.data, 0)  # other CPUs round other first weights
+            dist.broadcast(tensor.data, 0)  # CPUs of other kinds round the first weights differently
         dist.barrier()  # all ranks have read their files, before one of them is renamed
     sampling = Sampling(**{**source.sampling, **PRESETS[a.preset]["sampling"]})
 
@@ -286,7 +289,7 @@ def main():
         lock_file = lock(a.out)  # noqa: F841, an open file keeps the lock
         if not a.resume and (a.out / "ckpt.pt").exists():
             os.replace(a.out / "ckpt.pt", a.out / "ckpt-before.pt")
-        log = open(a.out / "log.csv", "a" if a.resume else "w", buffering=1)  # line by line; a kill may repeat steps
+        log = open(a.out / "log.csv", "a" if a.resume else "w", buffering=1)  # --resume after a kill repeats lines
         if not a.resume:
             print("step,stage,t,loss,lr,seconds", file=log)
         print(f"model      {a.preset}, {sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dtype}")
@@ -316,8 +319,8 @@ def main():
             with autocast:
                 with torch.no_grad():
                     latents = to_tokens(clips.to(device), tokenizer)
-                    # Noise on the tokens, as a VAE's samples have it (ours). No prediction is finer than this noise, so
-                    # still backgrounds do not outweigh moving sprites.
+                    # Noise on the tokens, as a VAE's samples have it (ours). No prediction can be finer than this
+                    # noise. Without it, ever finer still backgrounds would outweigh moving sprites in the loss.
                     latents = latents + a.noise * torch.randn_like(latents)
                 part_loss = model(latents, captions, t) / a.parts
             part_loss.backward()

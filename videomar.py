@@ -8,7 +8,7 @@ hidden state. Without a picture (ours), frame 0 is filled in the same way from t
 In the order the data flows: configuration, positions, attention and its cache, block, diffusion, model and loss,
 the schedules of training and sampling. The sampler that runs all this frame by frame is in sample.py.
 
-"MAR" is Li et al. 2024 (arXiv 2406.11838), "I-DDPM" Nichol & Dhariwal 2021 (2102.09672), "ours" nobody's but ours.
+"MAR" is Li et al. 2024 (arXiv 2406.11838), "I-DDPM" Nichol & Dhariwal 2021 (2102.09672); "ours" is in none of these.
 """
 import math
 from dataclasses import dataclass
@@ -93,9 +93,9 @@ def grid_positions(start, frames, h, w, device=None):
 def rope_angles(positions, dim, base, top=1.0):
     """3D-RoPE (paper 4.3): positions (tokens, 3) -> the angles by which pairs of channels rotate (tokens, dim / 2).
 
-    The fastest pair of an axis rotates by `top` radians a token. Each axis rotates pairs of its own: those of t come
-    first, then about three eighths for y, and as many for x (of 64 channels: 16, 24, 24; ours). So the product of a
-    rotated query and a rotated key depends on their three offsets alone.
+    The fastest pair of an axis rotates by `top` radians a token. Each axis rotates pairs of its own: of 32 pairs the
+    first 8 rotate by t, the next 12 by y and the last 12 by x (ours). So the product of a rotated query and a rotated
+    key depends on their three offsets alone.
     """
     space = 2 * (dim * 3 // 16)
     angles = []
@@ -116,8 +116,8 @@ def look_beside(config, strength=1.5):
     """First biases of a block's queries and keys, by which every head looks at one place (ours) -> (2 * dim,).
 
     The place is drawn for each head: the query's own or one beside it, in its own latent frame or the one before. With
-    k = R(offset) q, the biases' share of a score is largest for the key at the query's position minus `offset`. This is
-    where motion is read.
+    k = R(offset) q, the biases' share of a score is largest for the key at the query's position minus `offset`. Motion
+    is read from such neighbours, and so no head must first learn to find them.
     """
     heads, d = config.heads, config.dim // config.heads
     t = torch.randint(0, 2, (heads,))
@@ -220,7 +220,8 @@ class Diffusion(nn.Module):
     """The cosine schedule of I-DDPM: noise prediction, and a variance learned between two bounds.
 
     With fewer `steps`, two at least, the schedule is respaced: evenly chosen timesteps keep their products of alphas.
-    Step i is an index into the chosen timesteps. Everything here is float32, whatever the network runs in.
+    Step i is an index into the chosen timesteps; x_0 is always the clean token, and x_i is noisy even at i = 0.
+    Everything here is float32, whatever the network runs in.
     """
 
     def __init__(self, total=1000, steps=None):
@@ -309,7 +310,7 @@ class DiffusionMLP(nn.Module):
         self.modulate = nn.ModuleList(nn.Linear(d, 3 * d) for _ in range(config.diffusion_layers))
         self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d)) for _ in self.modulate)
         self.last_modulate, self.out = nn.Linear(d, 2 * d), nn.Linear(d, 2 * c)
-        for layer in (*self.modulate, self.last_modulate, self.out):  # every block starts as the identity
+        for layer in (*self.modulate, self.last_modulate, self.out):  # blocks start as the identity, the output at 0
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -442,7 +443,7 @@ def draw_mask_ratio(mask_ratio):
 
 
 def unmask_counts(n, steps):
-    """How many of n tokens each step reveals, so that floor(n cos(pi/2 (k+1)/K)) stay masked after step k of K (MAR).
+    """How many of n tokens each step reveals: floor(n cos(pi/2 (u+1)/U)) stay masked after step u = 0 ... U-1 (MAR).
 
     Every step reveals at least one: with more steps than tokens the list is shorter than `steps`. It sums to n.
     """
@@ -456,5 +457,5 @@ def unmask_counts(n, steps):
 
 
 def progressive_temperature(j):
-    """Of the j-th generated frame, from 0: 1.0, 0.91, 0.901 ... (paper App. B)."""
+    """The temperature of generated frame j = 0, 1, 2 ... is 1.0, 0.91, 0.901 ... (paper App. B)."""
     return 0.9 + 10.0 ** -(j + 1)

@@ -22,7 +22,7 @@ SPEEDS = {"slowly": 0.01, "quickly": 0.03}  # short sides per pixel frame
 VELOCITIES = {f"moves {d} {s}": speed * np.array(v) / np.hypot(*v)
               for d, v in DIRECTIONS.items() for s, speed in SPEEDS.items()}
 MOTIONS = (*VELOCITIES, "grows", "shrinks", "spins", "stays still")
-GROWTH, SPIN, BIGGEST = 0.025, np.pi / 30, 0.4  # radius a frame, radians a frame, largest radius
+GROWTH, SPIN, BIGGEST = 0.025, np.pi / 30, 0.4  # first radii a frame, radians a frame, largest radius
 
 
 @dataclass
@@ -163,7 +163,7 @@ def with_changes(scene, seed, latest):
 def clip(seed, frames=25, height=64, width=64, held_out=False, change_until=0):
     """-> video uint8 (frames, height, width, 3), caption. The same arguments give the same clip.
 
-    change_until: if it is not 0, the motions of one clip in five change once, at a frame in 1..change_until.
+    change_until: if it is above 0, the motions of one clip in five change once, at a frame in 1..change_until.
     """
     s = scene(seed, height, width, held_out)
     if change_until > 0 and seed % 5 == 0:
@@ -172,7 +172,7 @@ def clip(seed, frames=25, height=64, width=64, held_out=False, change_until=0):
 
 
 class World(Source):
-    """The drawn world as training reads it. Picture and caption leave one future, the likeliest: so temperature 0."""
+    """The drawn world as training reads it. Picture and caption allow one future: temperature 0 draws the likeliest."""
 
     about, processes = "drawn world", True
     sampling = {"cfg": 1.5, "temperature": 0.0}
