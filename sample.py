@@ -74,10 +74,7 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
     cache = Cache(config, batch * branches, frames * n, device, text[0][0].dtype) if use_cache and causal else None
 
     def hidden(begin, end, chosen):
-        """Runs frames begin to end - 1 -> states of the chosen tokens (batch, count), the captions' branch first.
-
-        The states are (branches * batch * count, dim).
-        """
+        """Runs frames begin to end - 1 -> states of the chosen tokens (branches * batch * count, dim)."""
         part = slice(begin * n, end * n)
         x_part, masked_part = x[:, part].repeat(branches, 1, 1), masked[:, part].repeat(branches, 1)
         places = (chosen - begin * n).repeat(branches, 1)  # in the part

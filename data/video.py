@@ -138,7 +138,7 @@ class Source:
 
     about = ""  # a line for the log
     files = None  # equal if --resume finds the same files
-    skipped = {}  # {file that could not be used: why}
+    skipped = set()  # files that could not be used
     processes = False  # whether `read_ahead` takes processes
     packed, size = None, None  # of latents: their tokenizer, and the size of the clips that they are of
     sampling, training = {}, {"noise": 0.0, "frame0": 0.0}  # defaults of train.py for this source
@@ -160,7 +160,7 @@ class Folder(Source):
     """
 
     def __init__(self, folder, fps=None, out=None):
-        self.folder, self.fps, self.skipped, self.clips = folder, fps, {}, []
+        self.folder, self.fps, self.skipped, self.clips = folder, fps, set(), []
         if not folder.is_dir():
             raise Bad(f"{folder}: no such folder; give one with clips, or one written by tokenizer.py --encode")
         root, outputs = folder.resolve(), out and out.resolve()
@@ -185,7 +185,7 @@ class Folder(Source):
             return read_clip(path, size, frames, self.fps, place, length), caption
         except Bad as e:
             if path not in self.skipped:
-                self.skipped[path] = str(e)
+                self.skipped.add(path)
                 tqdm.write(f"warning: skipped {str(e).split(';')[0]}", sys.stderr)
 
     def draw(self, seed, frames, size, length=None, change_until=0):
@@ -198,10 +198,7 @@ class Folder(Source):
 
 
 def outlast(worker):
-    """A worker ignores Ctrl-C and SIGTERM, so that the main process can end its step and save.
-
-    After SIGTERM it lives for 20 seconds more.
-    """
+    """A worker ignores Ctrl-C, and outlives SIGTERM by 20 seconds: the main process can end its step and save."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
 
@@ -257,12 +254,12 @@ def enlarge(clip):
     return clip.repeat(scale, 1).repeat(scale, 2)
 
 
-def write_strip(path, clips, every, rows=1, gap=4):
+def write_strip(path, clips, every, rows=1):
     """A row for each clip (uint8 frames), one picture for each latent frame; white between groups of `rows` clips."""
     strip = np.stack([np.hstack(clip[::every]) for clip in clips])  # (clip, H, W, 3)
     groups = strip.reshape(-1, rows * strip.shape[1], *strip.shape[2:])
-    groups = np.pad(groups, ((0, 0), (0, gap), (0, 0), (0, 0)), constant_values=255)
-    write(path, Image.fromarray(np.concatenate(groups)[:-gap]).save)
+    groups = np.pad(groups, ((0, 0), (0, 4), (0, 0), (0, 0)), constant_values=255)
+    write(path, Image.fromarray(np.concatenate(groups)[:-4]).save)
 
 
 def draw_step(tokenizer, latents, masked, t, step, counts):
