@@ -50,7 +50,7 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
 
     n_given = 0 is text-to-video. then: {latent frame: captions from there on}; what the cache holds stays. keep (h, w),
     bool: editing, in which all frames are given, and their tokens stay where it is True. All draws come from torch's
-    generator: the same seed gives the same clip, with and without the cache. watch: called after each unmasking step,
+    generator: the same seed gives the same clip, without the cache up to rounding. watch: called after each unmasking step,
     with the clip so far (batch, frames, h, w, C), its mask (batch, frames, h, w), True where [MASK] stands, the latent
     frame, the number of the step, from 1, and how many tokens each step of this frame reveals.
     """
@@ -183,12 +183,13 @@ def add_model_options(parser):
 
 def options_parser():
     parser = Parser(description="Make a video of a picture, or continue a clip.")
-    source, given = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
+    source = parser.add_mutually_exclusive_group()
+    given = parser.add_mutually_exclusive_group()
     source.add_argument("--img", type=Path, help="the first frame; a bare name is also looked up in data/ (none)")
     source.add_argument("--video", type=Path, help="continue this clip: .gif, .webp, .png or .mp4 (none)")
     given.add_argument("--box", type=y0_x0_y1_x1, help="pixels such as 0,0,32,64: make these of --video anew (none)")
-    add = parser.add_argument
     given.add_argument("--context", type=number(int, 1), help="latent frames of --video that are given (2)")
+    add = parser.add_argument
     add("--prompt", help="what happens (the text in NAME.txt beside the picture)")
     add("--then", nargs=2, action="append", default=[], metavar=("FRAME", "PROMPT"),
         help="another prompt from the latent frame on that holds this pixel frame (none)")
@@ -215,6 +216,14 @@ def open_model(a):
     return model, tokenizer, checkpoint, sampling, frames, size, autocast
 
 
+def pixel_frames(n_given, frames, stride):
+    """How many pixel frames n_given latent frames are. Raises Bad if none of `frames` is left to be made."""
+    given = 1 + stride * (n_given - 1) if n_given else 0
+    if given >= frames:
+        raise Bad(f"--frames {frames}: {given} are given already; ask for {given + stride} or more")
+    return given
+
+
 def kept_tokens(box, size, stride):
     """The tokens that no pixel of --box lies in -> bool (h, w). Raises Bad."""
     region = torch.zeros(size, dtype=torch.bool)
@@ -225,7 +234,7 @@ def kept_tokens(box, size, stride):
 
 
 def check(a):
-    """What no checkpoint is needed to judge. Raises Bad."""
+    """Raises Bad for options that are wrong whatever the checkpoint is."""
     if not (a.img or a.video) and a.prompt is None:
         raise Bad("nothing to start from: give --img PICTURE (try --img cat.png), --video CLIP or --prompt TEXT")
     if (a.box or a.context) and not a.video:
@@ -254,12 +263,11 @@ def main():
     latent_frames = 1 + (frames - 1) // stride
     if a.box:  # editing: all frames are given, and all are made anew
         n_given = made = latent_frames
+        given_frames = frames
     else:
         n_given = (a.context or 2) if a.video else int(bool(a.img))
         made = latent_frames - n_given
-    given_frames = 1 + stride * (n_given - 1) if n_given else 0  # pixel frames
-    if made <= 0:
-        raise Bad(f"--frames {frames}: {given_frames} are given already; ask for {given_frames + stride} or more")
+        given_frames = pixel_frames(n_given, frames, stride)
     source = find(a.img or a.video or Path("clip"))  # from text alone, the name of what is written
     prompt = a.prompt if a.prompt is not None else caption_of(source)
     beside = f" (beside {relpath(source)})" if prompt and a.prompt is None else ""

@@ -138,10 +138,12 @@ class Cosmos:
         try:
             self.encoder = torch.jit.load(folder / "encoder.jit", map_location=device).eval()
             self.decoder = torch.jit.load(folder / "decoder.jit", map_location=device).eval()
-            self.crc, self.hint = zlib.crc32((folder / "encoder.jit").read_bytes()), f" --tokenizer {folder}"
+            self.crc = zlib.crc32((folder / "encoder.jit").read_bytes())
+            self.hint = f" --tokenizer {folder}"
             # The published files are in bfloat16, in which a CPU lacks some operations: autocast knows which.
             self.half = any(p.dtype == torch.bfloat16 for p in self.encoder.parameters())
-            self.encoder.float(), self.decoder.float()
+            self.encoder.float()
+            self.decoder.float()
             video = torch.zeros(1, 3, 17, 128, 128, device=device)
             latents = self.raw(video)
             _, frames, height, width, self.channels = latents.shape
@@ -198,7 +200,7 @@ def open_tokenizer(named=None, packed=None, device="cpu", owner=None):
         packed = content.get("tokenizer", content)
     try:
         if packed["kind"] == "cosmos":
-            raise Bad("these tokens are a Cosmos-Tokenizer's; name its folder with --tokenizer")
+            raise Bad(f"{named or owner}: its tokens are a Cosmos-Tokenizer's; name its folder with --tokenizer")
         tokenizer = Tokenizer(*(packed[name] for name in ("stride", "channels", "width", "blocks")))
         tokenizer.load_state_dict(packed["state"])
     except (KeyError, TypeError, RuntimeError, IndexError, ValueError, AttributeError) as e:
@@ -362,10 +364,12 @@ def main():
                   f"not {p} and {q}")
     check_size(stride, a.frames, *a.size)
     if not a.tokenizer:
+        if (a.batch, a.frames, a.size) == (1, 1, (p, q)):
+            raise Bad("one token a step has no variance; give a larger --batch or --size, or more --frames")
         tokenizer = Tokenizer(stride, width=width).to(device)
     part = tokenizer.decoder if a.tokenizer else tokenizer  # what is trained
-    matrices = [p for p in part.parameters() if p.dim() == 2]
-    vectors = [p for p in part.parameters() if p.dim() < 2]
+    matrices = [w for w in part.parameters() if w.dim() == 2]
+    vectors = [w for w in part.parameters() if w.dim() < 2]
     muon = torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(vectors, betas=(0.9, 0.95), weight_decay=0.01)
     source = open_source(a.data, a.fps, a.out)
@@ -395,10 +399,10 @@ def main():
             optimiser.step()
             optimiser.zero_grad()
         if (step + 1) % 500 == 0 or step + 1 == a.steps:
+            save(tokenizer.pack(), path)
             with torch.no_grad():
                 tokens = tokenizer.eval().encode(held_out)
                 score = psnr(tokenizer.decode(tokens), held_out).mean()
-            save(tokenizer.pack(), path)
             bar.write(f"step {step + 1}: held-out PSNR {score:.2f} dB, largest token {tokens.abs().max():.1f}")
     clips = "".join(f" --{name} {value}" for name, value in (("data", a.data), ("fps", a.fps)) if value)
     print(f"wrote {path}; python train.py --tokenizer {path}{clips} trains on it")

@@ -43,7 +43,8 @@ FREE = ("steps", "lr", "save_every", "data", "text")  # options that it keeps, a
 
 def options_parser():
     parser = Parser(description="Train VideoMAR on the drawn world, or on your own clips")
-    add, start = parser.add_argument, parser.add_mutually_exclusive_group()
+    add = parser.add_argument
+    start = parser.add_mutually_exclusive_group()
     add("--preset", choices=PRESETS, help="sizes and training settings (that of --init, else toy)")
     add("--frames", type=sizes("5,13,25"), help="pixel frames of each stage of the curriculum (by the preset: 5,13,25)")
     add("--steps", type=sizes("5,13,25"), help="training steps: one number, or one for each stage (by the preset)")
@@ -122,7 +123,7 @@ def read_options(argv=None):
 def stage_steps(frames, steps, table):
     """Training steps of each stage: those given, one for all or one for each, or those of the preset's table.
 
-    A length that is not in the table takes the steps of the longest one there.
+    A length that is not in the table takes those of its longest length.
     """
     if steps is None:
         return [table.get(length, table[max(table)]) for length in frames]
@@ -282,13 +283,14 @@ def main():
     sampling = Sampling(**{**source.sampling, **PRESETS[a.preset]["sampling"]})
 
     # ------------------------------------------------------------------------------------------------------- loop
-    signals, stop = [], False
+    signals, stop = [], 0
     for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, lambda *args: signals.append(args))
+        signal.signal(kind, lambda number, frame: signals.append(number))
     if rank == 0:
         lock_file = lock(a.out)  # noqa: F841, an open file keeps the lock
-        if not a.resume and (a.out / "ckpt.pt").exists():
-            os.replace(a.out / "ckpt.pt", a.out / "ckpt-before.pt")
+        for name in ("ckpt.pt", "log.csv"):
+            if not a.resume and (a.out / name).exists():
+                os.replace(a.out / name, a.out / name.replace(".", "-before."))
         log = open(a.out / "log.csv", "a" if a.resume else "w", buffering=1)  # --resume after a kill repeats lines
         if not a.resume:
             print("step,stage,t,loss,lr,seconds", file=log)
@@ -320,7 +322,7 @@ def main():
                 with torch.no_grad():
                     latents = to_tokens(clips.to(device), tokenizer)
                     # Noise on the tokens, as a VAE's samples have it (ours). No prediction can be finer than this
-                    # noise. Without it, ever finer still backgrounds would outweigh moving sprites in the loss.
+                    # noise. Without it still backgrounds, predicted ever more finely, would outweigh moving sprites.
                     latents = latents + a.noise * torch.randn_like(latents)
                 part_loss = model(latents, captions, t) / a.parts
             part_loss.backward()
@@ -351,12 +353,12 @@ def main():
             print(*row, sep=",", file=log)
             bar.set_postfix(stage=stage + 1, loss=f"{loss.item():.3f}", tok_s=f"{rate:.0f}", refresh=False)
             bar.update()
+            if ends or stop or step % a.save_every == 0:
+                save_checkpoints(a, step, model, ema, optimisers, tokenizer, sampling, source)
             if ends:
                 with autocast:
                     score, path = estimate_psnr(a, stage, ema, sampling, tokenizer, source, device)
                 bar.write(f"stage {stage + 1} done after {seconds / 60:.1f} min: {score:.2f} dB on 4 clips, see {path}")
-            if ends or stop or step % a.save_every == 0:
-                save_checkpoints(a, step, model, ema, optimisers, tokenizer, sampling, source)
     bar.close()
     batches.close()  # ends its processes
     if world_size > 1:

@@ -139,8 +139,8 @@ def absolute_code(positions, dim, base=10000.0):
 class Cache:
     """Keys (already rotated) and values of the finished frames, in buffers allocated once (paper 4.3).
 
-    Behind the finished frames there is room for the current one. Each step writes it again; when the frame is finished,
-    `generate` raises `length`. Guidance doubles the batch: the branch with the caption and the branch with the null
+    Behind the finished frames there is room for the current one, which each step writes again. A finished frame is run
+    once more, for the keys of its final tokens; then `generate` raises `length`. Guidance doubles the batch: the branch with the caption and the branch with the null
     have a half of the buffers each, since the keys of later blocks depend on the text that earlier blocks read.
     """
 

@@ -27,12 +27,12 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except Bad as e:
-        line = e
+        line = str(e)  # e would keep main's variables, and the processes that draw, until Python ends
     except OSError as e:
         line = f"{e.filename or 'output'}: {e.strerror or e}"
     except (MemoryError, RuntimeError) as e:
-        # Torch's are RuntimeErrors: "Tried to allocate 2 GiB", "can't allocate memory".
-        if not isinstance(e, MemoryError) and "allocate" not in str(e):
+        # Torch's are RuntimeErrors: "can't allocate memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED".
+        if not isinstance(e, MemoryError) and not re.search("alloc|out of memory", str(e), re.IGNORECASE):
             raise
         line = "not enough memory; ask for a smaller --size, --batch or --n, or for fewer --frames"
     tqdm.write(f"{Path(sys.argv[0]).name}: {line}", sys.stderr)  # on a line of its own, below a progress bar
@@ -87,7 +87,7 @@ def check_writable(path):
 
 
 def write(path, save):
-    """Calls save(a temporary name beside it), then renames: `path` is always a whole file. Raises Bad."""
+    """Calls save(a temporary name beside it), then renames: `path` is never half a file. Raises Bad."""
     path = Path(path)
     part = path.with_name(f".part-{ranks()[0]}-{path.name}")
     try:

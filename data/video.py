@@ -164,10 +164,11 @@ class Folder(Source):
         if not folder.is_dir():
             raise Bad(f"{folder}: no such folder; give one with clips, or one written by tokenizer.py --encode")
         root, outputs = folder.resolve(), out and out.resolve()
+        if outputs in (root, *root.parents):  # all clips lie in it
+            outputs = None
         for path in sorted(root.rglob("*")):
             hidden = any(part[0] == "." for part in path.relative_to(root).parts)
-            output = outputs in path.parents and outputs not in (root, *root.parents)
-            if path.suffix.lower() in VIDEOS + ANIMATIONS and not hidden and not output:
+            if path.suffix.lower() in VIDEOS + ANIMATIONS and not hidden and outputs not in path.parents:
                 self.clips.append((path, caption_of(path)))
         if not self.clips:
             raise Bad(f"{folder}: no clips in it; looked for {', '.join(VIDEOS + ANIMATIONS)}")

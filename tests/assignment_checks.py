@@ -3,7 +3,7 @@
 A check compares on random tensors, one property after the other, and raises `Wrong` with the first that fails, in
 words. All functions of other exercises are replaced by right ones. Run as a program it checks one exercise of one file:
 
-    python tests/assignment_checks.py 3 DIR/videomar.py VERDICT      VERDICT: the file for what is wrong, empty if green
+    python tests/assignment_checks.py 3 DIR/videomar.py VERDICT      VERDICT: the file for what is wrong, or "right"
 """
 import importlib.util
 import math
@@ -44,7 +44,9 @@ def load(path, exercise):
     theirs = sys.modules["submission"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(theirs)
     for other, names in EXERCISES.items():
-        for name in names if other != exercise else ():
+        if other == exercise:
+            continue
+        for name in names:
             *owner, function = name.split(".")
             source, target = ours, theirs
             for part in owner:  # the class
@@ -469,4 +471,4 @@ CHECKS = dict(enumerate((check_schedules, check_cache, check_diffusion, check_ma
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    Path(sys.argv[3]).write_text(first_wrong(int(sys.argv[1]), Path(sys.argv[2])) or "")
+    Path(sys.argv[3]).write_text(first_wrong(int(sys.argv[1]), Path(sys.argv[2])) or "right", "utf-8", "replace")

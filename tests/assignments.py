@@ -128,11 +128,15 @@ def grade_one(folder, exercise, limit):
             return f"it did not come to an end in {limit:g} seconds (--limit; a busy machine takes longer)"
         if not verdict.exists():
             return f"it ended Python (exit code {code})"
-        return verdict.read_text() or None
+        told = verdict.read_text("utf-8")
+        return None if told == "right" else told or "its verdict could not be written; is the disk full?"
 
 
 def grade(folders, limit, path, film):
-    """Prints a line for each folder, and one for each exercise that is red."""
+    """Prints a line for each folder, and one for each exercise that is red.
+
+    limit: seconds for a check; path: of a csv for the points, or None; film: whether to make one where all is green.
+    """
     jobs = [(folder, exercise, limit) for folder in folders for exercise in EXERCISES]
     rows = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -209,6 +213,8 @@ def options_parser():
 
 def main():
     a = options_parser().parse_args()
+    if a.hint and len(a.hint) > 2:
+        raise Bad("--hint: give the number of an exercise, and which of its hints")
     if a.hint:
         hint(a.hint[0], a.hint[1] if len(a.hint) > 1 else 1)
     elif a.command == "start":

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data import world
 from data.files import Bad, Parser, check_writable, mix_seed, need, number, ranks, run
 from data.video import check_out, enlarge, find, psnr, read_clip, to_float, to_uint8, write_strip, write_video
-from sample import add_model_options, generate, open_model
+from sample import add_model_options, generate, open_model, pixel_frames
 
 MEASURES = ("shape", "colour", "motion_error", "background", "smoothness", "dynamic_degree")
 BATCH = 8  # clips of --prompts that are made at once
@@ -149,9 +149,10 @@ def evaluate(model, tokenizer, count, frames, size, sampling, out, context=1, pr
             measures.append([measure(video, true, scene, last_given + 1) for video in videos])
             if len(shown) < 20:
                 shown.append((true, videos[0]))
+    result = report(torch.cat(psnrs), np.array(measures), context, time.time() - start)
     write_strip(out.with_name(f"{out.stem}-strip.png"), [clip for pair in shown for clip in pair], stride, rows=2)
     write_video(out, np.concatenate([np.concatenate(pair, 1) for pair in shown[:8]], 2), fps)
-    return report(torch.cat(psnrs), np.array(measures), context, time.time() - start)
+    return result
 
 
 def report(psnrs, measures, context, seconds):
@@ -219,10 +220,10 @@ def make_prompts(a, model, tokenizer, frames, size, sampling):
     What is there already is not made again. The ranks of torchrun share the batches.
     """
     rows = read_prompts(a.prompts, size)
-    device, folder, written = next(model.parameters()).device, a.out or Path("out/prompts"), 0
+    device, written = next(model.parameters()).device, 0
     rank, world_size = ranks()
     latent_frames = 1 + (frames - 1) // tokenizer.stride[0]
-    jobs = [(*row, folder / f"{name}-{i}.mp4") for name, row in rows.items() for i in range(a.n)]
+    jobs = [(*row, a.out / f"{name}-{i}.mp4") for name, row in rows.items() for i in range(a.n)]
     batches = range(-(-len(jobs) // BATCH))
     for index in tqdm(batches[rank::world_size], "batches", disable=rank > 0):
         images, prompts, paths = zip(*jobs[index * BATCH:(index + 1) * BATCH])
@@ -236,7 +237,7 @@ def make_prompts(a, model, tokenizer, frames, size, sampling):
             if not path.exists():
                 write_video(path, enlarge(to_uint8(clip)), a.fps)
                 written += 1
-    print(f"wrote {written} clips to {folder}")
+    print(f"wrote {written} clips to {a.out}")
 
 
 # ------------------------------------------------------------------------------------------------------ options
@@ -255,29 +256,28 @@ def options_parser():
 
 
 def check(a):
-    """What no checkpoint is needed to judge. Raises Bad."""
+    """Raises Bad for options that are wrong whatever the checkpoint is."""
     if a.prompts and (a.context or a.prompt is not None):
         raise Bad("--prompts: its rows name a picture and a prompt each; leave out --context and --prompt")
     if a.n and not a.prompts:
         raise Bad("--n: a held-out clip is made once; give it with --prompts")
-    if a.prompts and a.out and a.out.suffix:
+    if a.prompts and a.out.suffix:
         raise Bad(f"--out {a.out}: --prompts writes many clips; name a folder, without an ending")
     if a.prompts:
         need("av", "writing .mp4")
-        check_writable((a.out or Path("out")) / ".part")
+        check_writable(a.out / ".part")
     else:
-        check_out(a.out or Path("out/eval.gif"))
+        check_out(a.out)
+        check_writable(a.out.with_name(f"{a.out.stem}-strip.png"))
 
 
 def main():
     a = options_parser().parse_args()
+    a.out = a.out or Path("out/prompts" if a.prompts else "out/eval.gif")
     check(a)
     model, tokenizer, checkpoint, sampling, frames, size, autocast = open_model(a)
     a.context, a.n = a.context or 1, a.n or 5
-    given = 1 + tokenizer.stride[0] * (a.context - 1)
-    if given >= frames:
-        more = given + tokenizer.stride[0]
-        raise Bad(f"--frames {frames}: {given} are given already; ask for {more} or more")
+    pixel_frames(a.context, frames, tokenizer.stride[0])
     with torch.no_grad(), autocast:
         if a.prompts:
             return make_prompts(a, model, tokenizer, frames, size, sampling)
@@ -285,8 +285,7 @@ def main():
         print("evaluation on held-out clips of the drawn world")
         if trained_on != world.World.about:
             print(f"this checkpoint was trained on something else: {trained_on}")
-        out = a.out or Path("out/eval.gif")
-        evaluate(model, tokenizer, a.clips, frames, size, sampling, out, a.context, a.prompt, a.fps, not a.no_cache)
+        evaluate(model, tokenizer, a.clips, frames, size, sampling, a.out, a.context, a.prompt, a.fps, not a.no_cache)
 
 
 if __name__ == "__main__":

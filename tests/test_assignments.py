@@ -1,5 +1,6 @@
 """The course: wrong answers are red, each for its own reason; right ones are green, however they are written."""
 import csv
+import sys
 from pathlib import Path
 
 import pytest
@@ -237,7 +238,7 @@ def test_start_writes_a_folder_and_changes_nothing_else(folder):
     assert code.count("is not written yet") == 2 and "## 3." in text and "## 4." not in text
 
 
-def test_each_hint_costs_a_look(capsys):
+def test_each_hint_costs_a_look(capsys, monkeypatch):
     assignments.hint(1, 1)
     assert "--hint 1 2" in capsys.readouterr().out
     assignments.hint(1, 2)
@@ -245,6 +246,9 @@ def test_each_hint_costs_a_look(capsys):
     for wrong in ((1, 9), (1, 0), (12, 1)):
         with pytest.raises(Bad):
             assignments.hint(*wrong)
+    monkeypatch.setattr(sys, "argv", ["assignments.py", "--hint", "3", "2", "9"])
+    with pytest.raises(Bad, match="--hint"):
+        assignments.main()
 
 
 def test_a_submission_that_hangs_exits_or_prints_hurts_no_other(folder):
@@ -269,6 +273,12 @@ def test_a_submission_that_hangs_exits_or_prints_hurts_no_other(folder):
     assert "SystemExit" in reasons["leaves"] and "SyntaxError" in reasons["is_broken"]
     assert reasons["prints"] is None and reasons["starts"] is None
     assert "no videomar.py" in assignments.grade_one(folder / "empty", 1, 4)
+
+
+def test_a_verdict_that_was_not_written_is_no_green(folder, monkeypatch):
+    (folder / "videomar.py").write_text(SOURCE)
+    monkeypatch.setattr(assignments, "run_limited", lambda command, *_: Path(command[-1]).touch() or 1)
+    assert "could not be written" in assignments.grade_one(folder, 1, 4)
 
 
 def test_grade_tells_of_each_folder_and_writes_points(folder, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ import tokenizer
 import train
 import videomar
 from data import world
-from data.files import DATA, Bad
+from data.files import DATA, Bad, run
 from data.video import enlarge, read_clip, to_float, write_video
 
 
@@ -389,14 +390,29 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, folder, tiny_files, monkeyp
     assert {p: p.is_dir() or p.read_bytes() for p in folder.rglob("*")} == before
 
 
-def test_too_little_memory_is_one_line(tiny, monkeypatch):
+@pytest.mark.parametrize("message", ["[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory",
+                                     "CUDA error: CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory"])
+def test_too_little_memory_is_one_line(tiny, monkeypatch, message):
     def full(*args, **kwargs):
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: "
-                           "you tried to allocate 9 bytes")
+        raise RuntimeError(message)
 
     monkeypatch.setattr(sample, "generate", full)
     code, _, err = tiny(*CAT)
     assert code == 2 and "not enough memory" in err and len(err.strip().split("\n")) == 1
+
+
+def test_a_main_that_fails_leaves_nothing_behind(monkeypatch, capsys):
+    """Its variables go before Python ends: else the processes that draw would be waited for."""
+    gone = []
+
+    def main():
+        thing = torch.nn.Identity()
+        weakref.finalize(thing, gone.append, True)
+        raise Bad("no")
+
+    with pytest.raises(SystemExit):  # it holds the frame of `run`
+        run(main)
+    assert gone
 
 
 @pytest.mark.parametrize("error", [NotImplementedError("assignment 3"), RuntimeError("size mismatch in my code")])
@@ -507,6 +523,7 @@ def test_bad_input_to_training(folder, tiny_files, monkeypatch, capsys, args, wo
     (["--stride", "4x8x8", "--tokenizer", "tokenizer.pt"], ["--stride, --width", "leave them out"]),
     (["--encode", ".", "--stride", "4x8x8"], ["--stride, --width", "leave them out"]),
     (["--tokenizer", "."], ["--tokenizer .", "--encode"]),
+    (["--batch", "1", "--frames", "1", "--size", "8x8"], ["one token", "--batch"]),
 ])
 def test_bad_input_to_the_tokenizer(folder, tiny_files, monkeypatch, capsys, args, words):
     """It is told before a network is built."""

@@ -169,11 +169,13 @@ def test_what_a_checkpoint_was_trained_on_is_told(folder, tiny_files, monkeypatc
     (["--clips", "1", "--context", "3"], ["--frames 9", "13 or more"]),
     (["--clips", "1", "--frames", "1"], ["--frames 1", "5 or more"]),
     (["--clips", "1", "--out", "a.txt"], ["a.txt", ".gif"]),
+    (["--clips", "1", "--out", "a.gif"], ["a-strip.png", "is a folder"]),
     (["--prompts", "list.csv", "--prompt", "a"], ["--prompts", "--prompt"]),
     (["--prompts", "list.csv", "--out", "a.gif"], ["a.gif", "folder"]),
     pytest.param(["--prompts", "nowhere.csv"], ["nowhere.csv", "image,prompt"],
                  marks=pytest.mark.skipif(not HAS_AV, reason="needs av"))])
 def test_bad_input_is_one_line(folder, tiny_files, monkeypatch, capsys, args, words):
+    (folder / "a-strip.png").mkdir()
     code, _, err = call(monkeypatch, capsys, "--ckpt", tiny_files / "ckpt.pt", *args)
     assert code == 2 and err.count("\n") == 1 and all(word in err for word in words), err
 

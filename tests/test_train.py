@@ -363,12 +363,13 @@ def test_a_resumed_run_may_get_longer_but_its_past_stays(folder, monkeypatch, ti
 
 
 def test_nothing_of_an_earlier_run_is_lost(folder, monkeypatch, tiny_files):
-    """Its checkpoint when another one begins in its folder; its log and its checkpoint when one that goes on fails."""
+    """Checkpoint and log when another one begins in its folder, and when one that goes on fails."""
     args = [*ARGS, "--tokenizer", tiny_files / "tokenizer.pt"]
     assert run_train(monkeypatch, *args) == 0
     before, rows = (folder / "out/ckpt.pt").read_bytes(), (folder / "out/log.csv").read_text()
     assert run_train(monkeypatch, *args, "--seed", 1) == 0
     assert (folder / "out/ckpt-before.pt").read_bytes() == before != (folder / "out/ckpt.pt").read_bytes()
+    assert (folder / "out/log-before.csv").read_text() == rows
     os.replace("out/ckpt-before.pt", "out/ckpt.pt")
     (folder / "out/log.csv").write_text(rows)
     get_lr, loss, logs = train.get_lr, videomar.Diffusion.loss, {}
@@ -384,6 +385,17 @@ def test_nothing_of_an_earlier_run_is_lost(folder, monkeypatch, tiny_files):
     assert logs[6] == rows and logs[7].startswith(rows) and logs[7].count("\n") == 8  # line by line: a kill loses none
     assert checkpoint("out/ckpt.pt")["step"] == 7
     assert all(v.isfinite().all() for v in params("out/ckpt.pt").values())
+
+
+def test_a_film_strip_that_fails_loses_no_step(folder, monkeypatch, tiny_files):
+    def full(*args):
+        raise Bad("the disk is full")
+
+    monkeypatch.setattr(train, "estimate_psnr", full)
+    with pytest.raises(Bad, match="disk"):
+        run_train(monkeypatch, *SHORT, "--tokenizer", tiny_files / "tokenizer.pt")
+    content = checkpoint("out/ckpt.pt")
+    assert content["step"] == content["options"]["steps"][0]
 
 
 def test_what_a_start_from_a_checkpoint_takes_from_it(folder, tiny_files):
