@@ -1,5 +1,4 @@
 """The training loop: options and presets, resuming, being killed, several ranks, and all scripts on tiny settings."""
-import gc
 import os
 import random
 import re
@@ -50,7 +49,6 @@ def run_train(monkeypatch, *args):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        gc.collect()  # a handler that was called keeps the loop's variables, and so the lock of its folder
     raise Bad(line)  # a new one: the traceback of the first holds the lock of its folder
 
 
