@@ -24,7 +24,7 @@ import tokenizer
 import train
 import videomar
 from data import world
-from data.files import DATA, Bad, run
+from data.files import DATA, Bad, choose_hardware, run
 from data.video import enlarge, read_clip, to_float, write_video
 
 
@@ -89,6 +89,9 @@ def test_later_prompts_are_of_all_clips_and_of_models_with_a_cache():
     for changes in ({"attention": "full"}, {"loss": "total-mask"}):
         with pytest.raises(Bad, match="causal next-frame"):
             sample.later_prompts(a, 1, 9, 4, replace(TINY, **changes))
+    a.then = [("3", "b")]
+    with pytest.raises(Bad, match="from 5 to 8"):
+        sample.later_prompts(a, 5, 9, 4, TINY)
 
 
 def test_what_is_written_is_enlarged_by_the_least_whole_number(folder, tiny_files, monkeypatch, capsys):
@@ -208,6 +211,8 @@ def test_prompt_beside_the_picture(tiny, folder):
     assert "prompt: 'far away'" in tiny("--img", "link.png")[1]
     (folder / "link.txt").write_text("a link\n")
     assert "'a link' (beside link.png)" in tiny("--img", "link.png")[1] and (folder / "out/link.gif").exists()
+    Image.new("RGB", (30, 20), "red").save("cat.png")  # in the place of the one that ships
+    assert "prompt: none" in tiny("--img", "cat.png")[1]
     assert tiny("--img", "x.png", "--prompt", "")[0] == 0
     assert tiny("--img", "x.png", "--prompt", "very long " * 20000)[0] == 0
 
@@ -401,6 +406,13 @@ def test_too_little_memory_is_one_line(tiny, monkeypatch, message):
     assert code == 2 and "not enough memory" in err and len(err.strip().split("\n")) == 1
 
 
+def test_products_are_in_the_dtype_that_is_asked_for():
+    for dtype in ("bfloat16", "float32"):
+        *_, autocast = choose_hardware(SimpleNamespace(device="cpu", dtype=dtype))
+        with autocast:
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == getattr(torch, dtype)
+
+
 def test_a_main_that_fails_leaves_nothing_behind(monkeypatch, capsys):
     """Its variables go before Python ends: else the processes that draw would be waited for."""
     gone = []
@@ -494,6 +506,7 @@ def test_the_colours_of_a_gif_do_not_flicker(folder, size):
     (["--tokenizer", "nowhere.pt"], ["nowhere.pt", "no such file"]),
     (["--tokenizer", "file"], ["file", "not a tokenizer"]),
     (["--text", "small"], ["--text small"]),
+    (["--init", "ckpt.pt", "--text", "small"], ["--text small"]),
     (["--device", "cuda:9"], ["--device cuda:9", "cpu"]),
     (["--out", "file"], ["file", "not a folder"]),
 ])

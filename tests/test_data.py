@@ -121,6 +121,8 @@ def test_frame_rate_and_crop(folder):
     first, *others = [Image.fromarray(frame) for frame in video]
     first.save("f.webp", save_all=True, append_images=others, duration=[100] * 19 + [10], lossless=True)
     assert np.array_equal(read_clip(folder / "f.webp", (30, 20), 20), video)  # a last one cut short does not
+    first.save("g.png", save_all=True, append_images=others)  # without durations: each lasts 0.1 s
+    assert read_clip(folder / "g.png", (30, 20), 4, fps=5)[:, 15, 10, 0].tolist() == [0, 20, 40, 60]
     assert (clip[0, 0] == 0).any() and read_clip(folder / "a.webp", (10, 10), 20).shape == (20, 10, 10, 3)
     with pytest.raises(Bad, match="10 frames, 11 are needed"):
         read_clip(folder / "a.webp", (10, 10), 11, fps=5)
@@ -138,6 +140,7 @@ def test_mp4(folder):
     assert "1 clips, 0 captions" in Folder(folder / "clips").about
     with pytest.raises(Bad, match="26 are needed"):
         read_clip(folder / "clips/a.mp4", (32, 32), 26)
+    assert len(read_clip(folder / "clips/a.mp4", (32, 32), 25, fps=10)) == 25  # the last one lasts as long as the others
 
 
 @pytest.mark.skipif(not HAS_AV, reason="needs the package av")

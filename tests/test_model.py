@@ -51,7 +51,9 @@ def test_the_defaults_are_the_papers():
     assert asdict(Config()) == told
     told = dict(unmask_steps=64, diffusion_steps=100, cfg=3, cfg_schedule="linear", temperature="progressive", clamp=4)
     assert asdict(Sampling()) == told
-    assert PRESETS["toy"]["model"].snr_clip == 1
+    told = dict(layers=6, dim=192, heads=6, text_dim=128, diffusion_dim=256, snr_clip=1)
+    assert asdict(PRESETS["toy"]["model"]) == {**asdict(Config()), **told}
+    assert PRESETS["toy"]["training"]["size"] == (64, 64)
     assert PRESETS["toy"]["sampling"] == dict(unmask_steps=6, diffusion_steps=15)
 
 
@@ -756,6 +758,17 @@ def test_guidance_schedules(monkeypatch):
         used.clear()
         sampled(tiny_model(), clip(1), 2, cfg=3.0, cfg_schedule=schedule, clamp=2.5)
         assert used == pytest.approx(want) and clamps == {2.5}
+    used.clear()
+    sampled(tiny_model(), clip(1), 2, cfg=0.0, cfg_schedule="constant")  # the null alone
+    assert used == [0.0] * 3
+
+
+def test_the_cache_is_of_the_dtype_of_the_products(monkeypatch):
+    made = []
+    monkeypatch.setattr(sample, "Cache", lambda *args: made.append(Cache(*args)) or made[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        sampled(tiny_model(), clip(1), 2)
+    assert made[0].buffer.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("changes", [{"attention": "full"}, {"loss": "total-mask"}, {"position": "absolute"},

@@ -217,7 +217,7 @@ def test_training_by_hand(folder, monkeypatch, capsys):
     """Clips, noise, loss and rates of six steps out of 503; after steps 499 and 502 there is an evaluation."""
     steps = 0, 1, 2, 499, 500, 502
     monkeypatch.setattr(tokenizer_script, "tqdm", lambda all_steps, **_: tqdm([all_steps[i] for i in steps]))
-    asked, drawn, encoded, decoded, losses, rates, clipped = [], [], [], [], [], [], []
+    asked, drawn, encoded, decoded, losses, rates, clipped, groups = [], [], [], [], [], [], [], {}
     batch, encode, decode, backward = World.batch, Tokenizer.encode, Tokenizer.decode, torch.Tensor.backward
     clip_grad_norm = nn.utils.clip_grad_norm_
 
@@ -245,7 +245,8 @@ def test_training_by_hand(folder, monkeypatch, capsys):
     for optimiser in (torch.optim.Muon, torch.optim.AdamW):
         real = optimiser.step
         monkeypatch.setattr(optimiser, "step", lambda self, real=real: (
-            rates.append((type(self).__name__, self.param_groups[0]["lr"])), real(self)))
+            rates.append((type(self).__name__, self.param_groups[0]["lr"])), real(self),
+            groups.update({type(self).__name__: self.param_groups[0]})))
     monkeypatch.setattr(World, "batch", watched_batch)
     monkeypatch.setattr(Tokenizer, "encode", watched_encode)
     monkeypatch.setattr(Tokenizer, "decode", watched_decode)
@@ -270,6 +271,18 @@ def test_training_by_hand(folder, monkeypatch, capsys):
     assert [rate for name, rate in rates if name == "Muon"] == pytest.approx(lr)
     assert [rate for name, rate in rates if name == "AdamW"] == pytest.approx([0.4 * rate for rate in lr])
     assert clipped == 6 * [({1}, 50.0)]
+    assert groups["Muon"]["adjust_lr_fn"] == "match_rms_adamw" and groups["Muon"]["weight_decay"] == 0.01
+    assert groups["AdamW"]["betas"] == (0.9, 0.95) and groups["AdamW"]["weight_decay"] == 0.01
+
+
+def test_a_new_tokenizer_is_as_large_as_the_one_that_ships(folder, monkeypatch, capsys):
+    def told(stride, width):
+        raise Bad(f"{stride}, {width}")
+
+    shipped = load(DATA / "videomar.pt", "videomar")["tokenizer"]
+    assert Tokenizer().settings == {name: shipped[name] for name in ("stride", "channels", "width", "blocks")}
+    monkeypatch.setattr(tokenizer_script, "Tokenizer", told)
+    assert "(4, 8, 8), 192" in call(monkeypatch, capsys, module=tokenizer_script)[2]
 
 
 def test_of_a_named_tokenizer_the_decoder_alone_is_trained(folder, monkeypatch, capsys, tiny_files):
@@ -445,6 +458,8 @@ def test_pictures_by_hand():
     x, colour = np.arange(64)[:, None], np.array(world.COLOURS["blue"])
     row = world.render(world.Scene([], "blue", 0.0), 1, 64, 64)[0, 7]  # lighter from left to right
     assert abs(row - (colour + (255 - colour) * (0.35 + 0.4 * x / 64))).max() <= 0.51
+    column = world.render(world.Scene([], "blue", np.pi / 2), 1, 128, 64)[0, ::2, 7]  # and from top to bottom
+    assert abs(column - (colour + (255 - colour) * (0.35 + 0.4 * x / 64))).max() <= 0.51
 
 
 def test_edges_are_anti_aliased():

@@ -77,6 +77,7 @@ def test_steps_belong_to_frames():
     assert steps() == [1200, 185, 660] and steps("--frames", "5") == [1200] and steps("--frames", "25,13") == [660, 185]
     assert steps("--frames", "5,49") == [1200, 660]  # a length that the preset does not know takes those of its longest
     assert steps("--frames", "5,9", "--steps", "7") == [7, 7] and steps("--steps", "1,2,3") == [1, 2, 3]
+    assert train.read_options([])[0].save_every == 500
 
 
 def test_the_paper_preset_is_the_papers(folder, monkeypatch, tiny_files):
@@ -560,6 +561,20 @@ def test_two_ranks_give_the_file_of_one_process(folder, tiny_files):
         assert one.keys() == two.keys() and [k for k in one if not alike(one[k], two[k])] == []
     for row, other in zip(columns("one/log.csv")[1:-1], columns("two/log.csv")[1:-1]):
         assert float(row[3]) == pytest.approx(float(other[3]), abs=1e-4)  # the loss of all ranks
+    # Ranks that drew other first weights begin with those of rank 0.
+    (folder / "apart.py").write_text(SMALL.replace("train.run(train.main)", """
+make_model = train.make_model
+def apart(*args):
+    models = make_model(*args)
+    for model in models:
+        for p in model.parameters():
+            p.data += 0.1 * train.ranks()[0]
+    return models
+train.make_model = apart
+train.run(train.main)"""))
+    done = spawn("apart.py", *base, "--out", "apart", ranks=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (gradients("apart") - gradients("two")).abs().max() < 1e-6
     # Either goes on from the other, on other ranks.
     for out, ranks in (("one", 2), ("two", 0)):
         done = spawn("small.py", "--resume", "--steps", 3, "--out", out, ranks=ranks)
