@@ -506,7 +506,7 @@ def test_the_colours_of_a_gif_do_not_flicker(folder, size):
     (["--tokenizer", "nowhere.pt"], ["nowhere.pt", "no such file"]),
     (["--tokenizer", "file"], ["file", "not a tokenizer"]),
     (["--text", "small"], ["--text small"]),
-    (["--init", "ckpt.pt", "--text", "small"], ["--text small"]),
+    (["--init", "ckpt.pt", "--text", "small", "--frames", "5", "--steps", "1"], ["--text small"]),
     (["--device", "cuda:9"], ["--device cuda:9", "cpu"]),
     (["--out", "file"], ["file", "not a folder"]),
 ])
