@@ -50,9 +50,9 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
 
     n_given = 0 is text-to-video. then: {latent frame: captions from there on}; what the cache holds stays. keep (h, w),
     bool: editing, in which all frames are given, and their tokens stay where it is True. All draws come from torch's
-    generator: the same seed gives the same clip, without the cache up to rounding. watch: called after each unmasking step,
-    with the clip so far (batch, frames, h, w, C), its mask (batch, frames, h, w), True where [MASK] stands, the latent
-    frame, the number of the step, from 1, and how many tokens each step of this frame reveals.
+    generator: the same seed gives the same clip, without the cache up to rounding. watch: called after each unmasking
+    step, with the clip so far (batch, frames, h, w, C), its mask (batch, frames, h, w), True where [MASK] stands, the
+    latent frame, the number of the step, from 1, and how many tokens each step of this frame reveals.
     """
     config, device = model.config, given.device
     batch, n_given, *grid, channels = given.shape

@@ -140,8 +140,9 @@ class Cache:
     """Keys (already rotated) and values of the finished frames, in buffers allocated once (paper 4.3).
 
     Behind the finished frames there is room for the current one, which each step writes again. A finished frame is run
-    once more, for the keys of its final tokens; then `generate` raises `length`. Guidance doubles the batch: the branch with the caption and the branch with the null
-    have a half of the buffers each, since the keys of later blocks depend on the text that earlier blocks read.
+    once more, for the keys of its final tokens; then `generate` raises `length`. Guidance doubles the batch: the branch
+    with the caption and the branch with the null have a half of the buffers each, since the keys of later blocks depend
+    on the text that earlier blocks read.
     """
 
     def __init__(self, config, batch, tokens, device=None, dtype=None):

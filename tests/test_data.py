@@ -140,7 +140,7 @@ def test_mp4(folder):
     assert "1 clips, 0 captions" in Folder(folder / "clips").about
     with pytest.raises(Bad, match="26 are needed"):
         read_clip(folder / "clips/a.mp4", (32, 32), 26)
-    assert len(read_clip(folder / "clips/a.mp4", (32, 32), 25, fps=10)) == 25  # the last one lasts as long as the others
+    assert len(read_clip(folder / "clips/a.mp4", (32, 32), 25, fps=10)) == 25  # the last one lasts, too
 
 
 @pytest.mark.skipif(not HAS_AV, reason="needs the package av")
