@@ -246,7 +246,7 @@ def test_each_hint_costs_a_look(capsys, monkeypatch):
     for wrong in ((1, 9), (1, 0), (12, 1)):
         with pytest.raises(Bad):
             assignments.hint(*wrong)
-    monkeypatch.setattr(sys, "argv", ["assignments.py", "--hint", "3", "2", "9"])
+    monkeypatch.setattr(sys, "argv", ["assignments.py", "--hint", "1", "2", "9"])
     with pytest.raises(Bad, match="--hint"):
         assignments.main()
 
