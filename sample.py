@@ -24,7 +24,7 @@ FORMAT = 1  # of checkpoints: another number means that they do not load
 
 # ---------------------------------------------------------------------------------------------------- sampling
 def frame_sampling(sampling, t, n_given):
-    """How latent frame t is drawn, if n_given frames are given: its temperature, guidance and unmasking steps.
+    """The Sampling of latent frame t, if n_given frames are given: its temperature is a number.
 
     A frame 0 that is not given (text-to-video, editing) has settings of its own (ours). Without noise or guidance it
     would be the likeliest picture, an empty one. Tokens of one step do not see each other: with few steps, two sprites
@@ -48,11 +48,11 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
              watch=None):
     """Continues given latents (batch, n_given, h, w, C) by captions -> (batch, frames, h, w, C), the given ones first.
 
-    n_given = 0 is text-to-video. then: {latent frame: captions from there on}; what the cache holds stays. keep (h, w),
-    bool: editing, in which all frames are given, and their tokens stay where it is True. All draws come from torch's
-    generator: the same seed gives the same clip, without the cache up to rounding. watch: called after each unmasking
-    step, with the clip so far (batch, frames, h, w, C), its mask (batch, frames, h, w), True where [MASK] stands, the
-    latent frame, the number of the step, from 1, and how many tokens each step of this frame reveals.
+    n_given = 0 is text-to-video. then: {latent frame: captions from there on}; the keys of earlier frames stay in the
+    cache. keep (h, w), bool, is for editing: all frames are given, and tokens are made anew where it is False. All
+    draws come from torch's generator: the same seed gives the same clip, and leaving out the cache changes it by
+    rounding alone. watch(clip, masked, t, step, counts) is called after each unmasking step: masked (batch, frames, h,
+    w) is True where [MASK] stands; step counts from 1; counts: how many tokens each step of frame t reveals.
     """
     config, device = model.config, given.device
     batch, n_given, *grid, channels = given.shape
@@ -90,7 +90,7 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
             text = model.read_text(then[begin] * branches, null)
         if next_frame:
             now = frame_sampling(sampling, begin, n_given)
-        else:  # all frames are drawn as the first one behind a given one is
+        else:  # all frames are drawn like the first one after a given one
             now = frame_sampling(sampling, 1, 1)
         places = begin * n + (~known[begin * n:end * n]).nonzero()[:, 0]
         order = places[torch.rand(batch, len(places), device=device).argsort(1)]  # random, for each clip (MAR)
@@ -138,7 +138,7 @@ def build_model(checkpoint, path, device="cpu", dtype=torch.float32, text=None):
         model.load_state_dict(checkpoint["ema"])
     except (RuntimeError, AttributeError) as e:
         raise Bad(f"{path}: its weights do not fit this model ({type(e).__name__}); train one with train.py") from None
-    return model.float().to(device).eval()
+    return model.to(device).eval()
 
 
 def load_model(path, device="cpu", dtype=torch.float32, text=None, tokenizer=None):
@@ -175,7 +175,7 @@ def add_model_options(parser):
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="the same seed gives the same clip (0)")
     add("--no-cache", action="store_true", help="compute all earlier frames again at every step: slower (off)")
     add("--ckpt", type=Path, help="checkpoint (out/videomar.pt if there is one, else data/videomar.pt)")
-    add("--tokenizer", type=Path, help="folder of the Cosmos-Tokenizer of its tokens (the checkpoint's own tokenizer)")
+    add("--tokenizer", type=Path, help="file or folder of another tokenizer for the same tokens (the checkpoint's)")
     add("--text", help="folder or name of the pretrained text encoder (the checkpoint's)")
     add("--fps", type=number(float, 1, 240), default=12.0, help="pictures a second of what is written (12)")
     parser.add_hardware()
@@ -284,10 +284,6 @@ def main():
     then = later_prompts(a, given_frames, frames, stride, model.config)
 
     watched_steps = []
-
-    def watch(*step):
-        watched_steps.append(draw_step(tokenizer, *step))
-
     start = time.time()
     with torch.no_grad(), autocast:
         if n_given:
@@ -296,7 +292,8 @@ def main():
             pixels = torch.zeros(1, *size, 3)  # for the shape of its tokens
         given = tokenizer.encode(to_float(pixels[None].to(device)))[:, :n_given].repeat_interleave(a.n, 0)
         latents = generate(model, given, [prompt] * a.n, latent_frames, sampling, use_cache=not a.no_cache, then=then,
-                           keep=keep, progress=True, watch=watch if a.watch else None)
+                           keep=keep, progress=True,
+                           watch=(lambda *step: watched_steps.append(draw_step(tokenizer, *step))) if a.watch else None)
         clips = [enlarge(to_uint8(video)) for video in tokenizer.decode(latents)]  # on the CPU: a GPU is done by now
     seconds = time.time() - start
     for path, clip in zip(paths, clips):

@@ -210,7 +210,7 @@ def open_tokenizer(named=None, packed=None, device="cpu", owner=None):
 
 
 def check_tokens(tokenizer, packed, owner):
-    """Raises Bad unless the tokenizer makes the tokens of the packed one, which the owner knows."""
+    """Raises Bad unless the tokenizer makes the tokens of the packed one, which the file `owner` holds or names."""
     if packed and tokenizer.crc != packed["crc"]:
         raise Bad(f"--tokenizer: its tokens are not those of {owner} (stride {packed['stride']}, {packed['channels']} "
                   "channels); leave the option out, or name its tokenizer")
@@ -312,7 +312,8 @@ def options_parser():
     parser = Parser(description="Train the video tokenizer, or encode clips with one")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--data", type=Path, help="folder of clips to train on (the drawn world)")
-    source.add_argument("--encode", type=Path, help="write the latents of the clips in this folder to --out (off)")
+    source.add_argument("--encode", type=Path, help="write the latents of the clips in this folder to "
+                                               "--out, computed in float32 (off)")
     add = parser.add_argument
     add("--tokenizer", type=Path, help="with --encode: a file of ours, or the folder of a Cosmos-Tokenizer (the one "
                                        "that ships); else: a file of ours, whose decoder alone is trained (a new one)")
@@ -403,7 +404,7 @@ def main():
             with torch.no_grad():
                 tokens = tokenizer.eval().encode(held_out)
                 score = psnr(tokenizer.decode(tokens), held_out).mean()
-            bar.write(f"step {step + 1}: held-out PSNR {score:.2f} dB, largest token {tokens.abs().max():.1f}")
+            bar.write(f"step {step + 1}: PSNR of 32 clips {score:.2f} dB, largest token {tokens.abs().max():.1f}")
     clips = "".join(f" --{name} {value}" for name, value in (("data", a.data), ("fps", a.fps)) if value)
     print(f"wrote {path}; python train.py --tokenizer {path}{clips} trains on it")
 

@@ -123,7 +123,7 @@ def read_options(argv=None):
 def stage_steps(frames, steps, table):
     """Training steps of each stage: those given, one for all or one for each, or those of the preset's table.
 
-    A length that is not in the table takes those of its longest length.
+    A length that is not in the table takes the steps of the table's longest.
     """
     if steps is None:
         return [table.get(length, table[max(table)]) for length in frames]
@@ -223,7 +223,7 @@ def make_optimisers(model, name, lr):
 
 @torch.no_grad()
 def estimate_psnr(a, stage, ema, sampling, tokenizer, source, device):
-    """Samples 4 held-out clips -> their mean PSNR, and the path of a film strip, truth above and sample below."""
+    """Samples 4 clips of `source.held_out` -> their mean PSNR, and the path of a film strip, truth above sample."""
     clips, captions = source.held_out(4, a.frames[stage], a.size)
     torch.manual_seed(a.seed)
     clips = clips.to(device)

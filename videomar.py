@@ -53,7 +53,10 @@ class Config:
 
 @dataclass
 class Sampling:
-    """How `generate` in sample.py draws a clip. The defaults are the paper's; a checkpoint has its own."""
+    """How `generate` in sample.py draws a clip. The defaults are the paper's; a checkpoint has its own.
+
+    A frame 0 that is not given is drawn in another way: see `frame_sampling`.
+    """
 
     unmask_steps: int = 64  # a latent frame (paper 5.1)
     diffusion_steps: int = 100  # a token (paper 5.1)
@@ -64,8 +67,8 @@ class Sampling:
 
 
 # A preset: the model's sizes, defaults of train.py, steps of each stage by its pixel frames, how to sample. "paper" is
-# the paper's first resolution, whose batch and steps are not told. What is not set here comes from the source of clips:
-# the drawn world has its own guidance, temperature, noise and share of frame 0 (data/world.py).
+# the paper's first resolution; the paper does not tell its batch and steps, so these are guesses. What is not set here
+# comes from the source of clips: the drawn world has its own guidance, temperature, noise and share of frame 0.
 PRESETS = {
     "toy": {
         "model": Config(layers=6, dim=192, heads=6, text_dim=128, diffusion_dim=256, snr_clip=1.0),
@@ -151,7 +154,7 @@ class Cache:
         self.length = 0  # tokens of finished frames
 
     def update(self, layer, k, v):
-        """Writes k, v (batch, head, new, d) behind the finished frames -> keys and values up to their end, as views."""
+        """Writes k, v (batch, head, new, d) behind the finished frames -> views of all keys and values, these last."""
         end = self.length + k.shape[2]
         keys, values = self.buffer[layer]  # (batch, head, token, d)
         keys[:, :, self.length:end] = k
@@ -201,8 +204,8 @@ class Block(nn.Module):
     def forward(self, x, rotation, text, text_mask, n, cache=None):
         """x (batch, frames * n, dim) -> the same shape.
 
-        rotation: cosines and sines of `rope_angles`; text: from `text_keys_values`; n: tokens of a frame; cache: of
-        earlier frames.
+        rotation: cosines and sines of `rope_angles`; text: from `text_keys_values`; text_mask (batch, 1, 1, word): True
+        at words; n: tokens of a frame; cache: of earlier frames.
         """
         q, k, v = rearrange(self.qkv(self.norm1(x)), "b l (three h d) -> three b h l d", three=3, h=self.heads)
         if rotation is not None:

@@ -133,7 +133,7 @@ class Source:
     """Where training takes clips from: `World` (data/world.py), `Folder` below, `Latents` (data/latents.py).
 
     draw(seed, frames, size, length, change_until) -> the first `frames` of a clip that has `length` pixel frames, and
-    its caption: a function of the seed. Only the world heeds change_until; `Latents` has `batch` alone.
+    its caption: a function of the seed. Only the world heeds change_until; `Latents` has its own `batch` alone.
     """
 
     about = ""  # a line for the log
@@ -300,10 +300,10 @@ def write_video(path, video, fps):
     if path.suffix == ".mp4":
         return write(path, lambda part: write_mp4(part, video, fps))
     frames = [Image.fromarray(frame) for frame in video]
-    shortest = 1  # ms
+    duration = 1000 / fps  # ms
     if path.suffix == ".gif":
         # Pillow's own choice of 256 colours changes from frame to frame, and dark colours and grey flicker.
         frames = [f.quantize(method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE) for f in frames]
-        shortest = 20  # a faster GIF is shown slower
+        duration = 10 * max(2, int(100 / fps))  # a GIF counts in 1/100 s, and one of less than 2 is shown slower
     write(path, lambda part: frames[0].save(part, save_all=True, append_images=frames[1:], loop=0, lossless=True,
-                                            duration=max(shortest, 1000 / fps)))
+                                            duration=duration))

@@ -118,6 +118,9 @@ def test_frame_rate_and_crop(folder):
     write_video(folder / "e.webp", changing, 12)
     assert np.array_equal(read_clip(folder / "e.webp", (30, 20), 9), changing)  # the one alone tells the rate
     assert np.array_equal(read_clip(folder / "e.webp", (30, 20), 4, place=1.0), changing[5:])
+    long = np.repeat(video[:3], [8, 1, 1], 0)
+    write_video(folder / "h.gif", long, 30)  # a GIF counts in 1/100 s: 30 pictures a second are rounded before joining
+    assert np.array_equal(read_clip(folder / "h.gif", (30, 20), 10), long)
     first, *others = [Image.fromarray(frame) for frame in video]
     first.save("f.webp", save_all=True, append_images=others, duration=[100] * 19 + [10], lossless=True)
     assert np.array_equal(read_clip(folder / "f.webp", (30, 20), 20), video)  # a last one cut short does not
