@@ -126,9 +126,9 @@ def look_beside(config, strength=1.5):
     t = torch.randint(0, 2, (heads,))
     y, x = torch.randint(-1, 2, (2, heads))
     offset = torch.stack([t, y, x], -1).float()  # (head, 3)
-    angles = rope_angles(offset, d, config.rope_base, config.rope_top)[:, None]  # (head, 1, d / 2)
-    q = strength * torch.randn(heads, 1, d).sign()
-    k = rotate(q, angles.cos(), angles.sin())
+    angles = rope_angles(offset, d, config.rope_base, config.rope_top)  # (head, d / 2)
+    q = strength * torch.randn(heads, d).sign()
+    k = rotate(q[None, None], angles.cos(), angles.sin())  # here heads take the axis of tokens
     return torch.cat([q.flatten(), k.flatten()])
 
 

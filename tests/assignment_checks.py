@@ -105,7 +105,9 @@ def tiny(module, **changes):
 # ---------------------------------------------------------------------------------------------- one check for each
 def check_schedules(theirs):
     for n, steps in [(64, 6), (1440, 64), (10, 64), (7, 3), (1, 1), (64, 64), (64, 13)]:
-        counts, of = list(theirs.unmask_counts(n, steps)), f"unmask_counts({n}, {steps})"
+        counts, of = theirs.unmask_counts(n, steps), f"unmask_counts({n}, {steps})"
+        whole = isinstance(counts, list) and all(isinstance(count, int) for count in counts)
+        expect(whole, f"{of} is {str(counts)[:60]}; it must be a list of whole numbers (int)")
         expect(sum(counts) == n, f"{of}: the counts sum to {sum(counts)}; all {n} tokens must be revealed")
         expect(min(counts) >= 1, f"{of}: a step reveals {min(counts)} tokens; each must reveal at least one")
         right = ours.unmask_counts(n, steps)
@@ -119,7 +121,7 @@ def check_schedules(theirs):
 
 
 def check_cache(theirs):
-    cache = theirs.Cache(CONFIG, 2, 12)  # of 2 layers
+    cache = theirs.Cache(replace(CONFIG, layers=3), 2, 12)
     cache.buffer.fill_(-100.0)
     draw = lambda: torch.randn(2, 2, 2, 4, 16)  # keys and values of a frame of 4 tokens
     first, again, second, other = draw(), draw(), draw(), draw()
@@ -130,8 +132,11 @@ def check_cache(theirs):
     same("keys of the first frame", got[0], first[0])
     same("keys of the first frame in the buffer, at index 0", cache.buffer[0, 0, :, :, :4], first[0])
     same("values of the first frame", got[1], first[1])
+    same("values of the first frame in the buffer, at index 1", cache.buffer[0, 1, :, :, :4], first[1])
     same("keys after a second step of the same frame", cache.update(0, *again)[0], again[0])
-    cache.update(1, *other)
+    got = cache.update(2, *other)
+    same("keys of another layer", got[0], other[0])
+    same("values of another layer", got[1], other[1])
     expect(cache.length == 0, "it moves `length` in the last layer; the sampler alone moves it")
     cache.length = 4
     keys, values = cache.update(0, *second)
@@ -145,31 +150,32 @@ def check_diffusion(theirs):
     diffusion, right = theirs.Diffusion(1000, 25), ours.Diffusion(1000, 25)
     x0, x, noise = torch.randn(3, 25, 4)
     v = torch.rand(25, 4) * 2 - 1
-    each, order = torch.arange(25), torch.randperm(25)
+    order = torch.randperm(25)
     for i in (0, 7, 24):
         same(f"q_sample in step {i}", diffusion.q_sample(x0, i, noise), right.q_sample(x0, i, noise))
     same("q_sample with a step for each token", diffusion.q_sample(x0, order, noise), right.q_sample(x0, order, noise))
-    for name, i in (("step 7", 7), ("a step for each token", each)):
+    for name, i in (("step 7", 7), ("a step for each token", order)):
         low, high = (bound.expand(25, 4) for bound in right.table[4:, i])
         mean, logvar = diffusion.posterior(x0, x, i, torch.full_like(v, -1))
         same(f"posterior's mean with {name}", mean, right.posterior(x0, x, i, v)[0])
         same(f"posterior's log variance with {name} at v = -1", logvar, low)
         highest = diffusion.posterior(x0, x, i, torch.ones(25, 4))[1]
         same(f"posterior's log variance with {name} at v = 1", highest, high)
-        same(f"posterior's log variance with {name} between the bounds", diffusion.posterior(x0, x, i, v)[1],
-             right.posterior(x0, x, i, v)[1])
+        for place, values in (("between the bounds", v), ("beyond the bounds, for v is not clamped", 2 * v)):
+            same(f"posterior's log variance with {name} {place}", diffusion.posterior(x0, x, i, values)[1],
+                 right.posterior(x0, x, i, values)[1])
 
 
 def check_masking(theirs):
     for mean, std, low, high in ((1.0, 0.25, 0.7, 1.0), (0.5, 0.2, 0.2, 0.6)):
-        draws = torch.tensor([float(theirs.draw_mask_ratio((mean, std, low, high))) for _ in range(2000)])
+        draws = torch.tensor([float(theirs.draw_mask_ratio((mean, std, low, high))) for _ in range(5000)])
         of = f"draw_mask_ratio(({mean}, {std}, {low}, {high}))"
         expect(draws.min() >= low - 1e-6 and draws.max() <= high + 1e-6, f"{of}: a draw is outside of [{low}, {high}]")
-        expect(draws.unique().numel() > 1000, f"{of}: many draws are equal; truncated is not clamped")
+        expect(draws.unique().numel() > 2500, f"{of}: many draws are equal; truncated is not clamped")
         cdf = lambda value: 0.5 * (1 + math.erf((value - mean) / std / 2**0.5))
         for value in torch.linspace(low, high, 7)[1:-1].tolist():
             share, right = (draws < value).float().mean().item(), (cdf(value) - cdf(low)) / (cdf(high) - cdf(low))
-            expect(abs(share - right) < 0.06,
+            expect(abs(share - right) < 0.03,
                    f"{of}: {share:.2f} of the draws are below {value:.2f}; it must be {right:.2f}")
 
     draws = []
@@ -183,6 +189,7 @@ def check_masking(theirs):
     theirs.draw_mask_ratio = lambda mask_ratio: asked.append(mask_ratio) or 0.73
     model, frames, n = tiny(theirs, mask_ratio=(0.8, 0.1, 0.6, 0.9)), 4, 10
     for t in (2, 0):
+        asked.clear()
         masked, places = model.draw_masked(16, frames, n, t)
         expect(masked.dtype == torch.bool, f"`masked` is of {masked.dtype}; it must be of torch.bool")
         expect(masked.shape == (16, frames * n), f"`masked` has shape {tuple(masked.shape)}; it must be (16, 40)")
@@ -196,7 +203,8 @@ def check_masking(theirs):
         expect((by_frame[:, t] == 8).all(),
                f"t = {t}: {int(by_frame[0, t])} tokens of frame t are masked; it must be 8")
         expect(masked.gather(1, places).all(), "a token that carries loss is not masked")
-        expect(set(asked) == {(0.8, 0.1, 0.6, 0.9)}, f"`draw_mask_ratio` gets {asked[-1:]}; it must be the config's")
+        expect(len(asked) == 1, f"`draw_mask_ratio` is called {len(asked)} times; one ratio is for all clips")
+        expect(asked == [model.config.mask_ratio], f"`draw_mask_ratio` gets {asked[0]}; it must be the config's")
         sets = masked[:, t * n:(t + 1) * n]
         together = (sets != sets.roll(1, 1)).sum(1) == 2
         expect(not together.all(), "the masked tokens always lie side by side; each set must be random")
@@ -220,7 +228,9 @@ def check_attention(theirs):
     same("attend, d = 16", theirs.attend(q, k, v), plain(q, k, v, everything))
     mask = torch.rand(2, 1, 1, 12) < 0.6
     mask[..., 0] = True
-    same("attend with a mask that is True where a key may be seen", theirs.attend(q, k, v, mask), plain(q, k, v, mask))
+    few = q[:, :, :7]  # queries
+    same("attend with a mask that is True where a key may be seen", theirs.attend(few, k, v, mask),
+         plain(few, k, v, mask))
     for n in (4, 3):
         frame = torch.arange(12) // n
         right = plain(q, k, v, frame[:, None] >= frame)
@@ -266,10 +276,12 @@ def check_rope(theirs):
     same("rotate", got, ours.rotate(x, angles.cos(), angles.sin()))
     half = theirs.rotate(x.bfloat16(), angles.cos(), angles.sin())
     expect(half.dtype == torch.bfloat16, f"rotate: of x in bfloat16 it returns {half.dtype}")
+    tiny(theirs)  # its blocks' first biases are rotated
 
 
 def check_mlp(theirs):
     net, right = tiny(theirs).diffusion_mlp, tiny(ours).diffusion_mlp
+    right.load_state_dict(net.state_dict(), strict=False)  # other parts of their model may draw more numbers
     x, z, timestep, seen = torch.randn(5, 4), torch.randn(5, 32), torch.randint(1000, (5,)), []
     handle = net.time.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     net(x, timestep, z)
@@ -328,9 +340,10 @@ def check_sample(theirs):
     short, long = theirs.Diffusion(1000, 2), ours.Diffusion(1000, 2)
     for one in (short, long):  # the last step alone
         one.steps, one.table, one.timesteps = 1, one.table[:, :1], one.timesteps[:1]
-    same("in the step i = 0, which adds no noise", short.sample(net, x, z[:6]), long.sample(net, x, z[:6]))
-    same("in the step i = 0 at temperature 0.5, which does not act on the first x", short.sample(net, x, z[:6], 0.5),
-         long.sample(net, x, z[:6], 0.5))
+    same("in the step i = 0, which adds no noise", short.sample(net, x.clone(), z[:6]),
+         long.sample(net, x.clone(), z[:6]))
+    same("in the step i = 0 at temperature 0.5, which does not act on the first x",
+         short.sample(net, x.clone(), z[:6], 0.5), long.sample(net, x.clone(), z[:6], 0.5))
     cold, must, told = both(temperature=0.0)
     expect(all(torch.is_tensor(timestep) and timestep.shape == (1,) for _, timestep, _ in told),
            "the net's timestep must be a tensor of the shape (1,)")
@@ -362,7 +375,7 @@ def check_sample(theirs):
 
 def check_loss(theirs):
     diffusion, right, tokens = theirs.Diffusion(1000, 10), ours.Diffusion(1000, 10), 400
-    x0, z, error = torch.randn(tokens, 4), torch.randn(tokens, 3), torch.randn(tokens, 4) / 2
+    x0, z, error = torch.randn(tokens, 4), torch.randn(tokens, 3, requires_grad=True), torch.randn(tokens, 4) / 2
     seen, noises = [], []
 
     def both(wrong_by, v, snr_clip=math.inf):
@@ -384,7 +397,8 @@ def check_loss(theirs):
     low, middle = torch.full((tokens, 1), -1.0), torch.full((tokens, 1), 0.5)
     got, must = both(0 * error, low)
     expect(got.shape == (tokens,), f"its shape is {tuple(got.shape)}; it must be a number for each token, ({tokens},)")
-    timestep = seen[0][0]
+    timestep, states = seen[0]
+    expect(torch.equal(states, z) and states.requires_grad, "the net must get z as it is, so that z has a gradient")
     expect(set(timestep.tolist()) <= set(right.timesteps.tolist()) and timestep.max() > 9,
            "the net must get self.timesteps[i], not the step i")
     same("the timesteps, of steps drawn first, by torch.randint", timestep.float(), seen[1][0].float())
@@ -412,7 +426,7 @@ def check_loss(theirs):
 
 def check_forward(theirs):
     x, captions = torch.randn(16, 4, 2, 3, 4), [f"word {i}" for i in range(16)]
-    nulls, lengths, losses = [], [], []
+    nulls, lengths, losses, asked = [], [], [], []
 
     def watched(**changes):
         """A model of theirs that notes what its parts are given, and the right model with the same weights."""
@@ -423,18 +437,23 @@ def check_forward(theirs):
         read_text, hidden = right.read_text, right.hidden
         model.read_text = lambda captions, null: nulls.append(null) or read_text(captions, null)
         model.hidden = lambda x, *args, **named: lengths.append(x.shape[1]) or hidden(x, *args, **named)
-        model.draw_masked = lambda *args, **named: (masked, places)
+
+        def draw_masked(batch, frames, n, t, device=None):
+            asked.append((batch, n, t))
+            return masked[:, :frames * n], places
 
         def loss(net, x0, z, snr_clip=math.inf):
             losses.append((net, x0, z, snr_clip))
             return torch.arange(len(x0)) + 0 * z.sum()
-        model.diffusion.loss = loss
+        model.draw_masked, model.diffusion.loss = draw_masked, loss
         text = read_text(captions, torch.zeros(16, dtype=torch.bool))
         z = hidden(x.flatten(1, 3), masked, text, (2, 3), chosen=places)
         return model, x.flatten(1, 3).take_along_dim(places[..., None], 1).flatten(0, 1), z.flatten(0, 1)
 
     model, x0, z = watched(text_drop=0.0)
     got = model(x, captions, 2)
+    expect(asked == [(16, 6, 2)],
+           f"batch, n and t of `self.draw_masked` are {asked}; it must be called once, with (16, 6, 2)")
     expect(losses, "`self.diffusion.loss` is not called")
     net, targets, states, snr_clip = losses[0]
     expect(len(losses) == 1 and net is model.diffusion_mlp, "`self.diffusion.loss` must be called once, with the MLP")
@@ -451,7 +470,7 @@ def check_forward(theirs):
     same("the result, the mean of the losses", got, torch.arange(len(targets)).float().mean())
     expect(lengths[-1] == 18,
            f"t = 2 of 4 frames of 6 tokens: {lengths[-1]} tokens are run; it must be 18, cut after t")
-    for changes, t in (({"attention": "full"}, 2), ({"loss": "total-mask"}, 3)):
+    for changes, t in (({"attention": "full"}, 2), ({"loss": "total-mask"}, 2), ({"loss": "total-mask"}, 3)):
         of = " ".join(changes.values())
         model, _, z = watched(text_drop=0.0, **changes)
         model(x, captions, t)

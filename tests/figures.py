@@ -1,10 +1,11 @@
-"""Draws the figures of the README's method part again, into data/: in a minute on two cores, with pillow alone.
+"""Draws the figures of README and RESULTS again, into data/: in a minute on two cores, with pillow alone.
 
     python tests/figures.py                 all of them
     python tests/figures.py mask heads      some of them
 
 Each is drawn from the code itself: what a function returns, what a model's outputs depend on, how long its steps take.
 """
+import csv
 import math
 import subprocess
 import sys
@@ -49,25 +50,28 @@ class Page:
         """anchor: l, m, r: left, middle, right; then a, m, s: top, middle, baseline."""
         self.draw.text((3 * x, 3 * y), text, colour, ImageFont.load_default(3 * size), anchor)
 
-    def curve(self, place, xs, ys, colour):
+    def curve(self, place, xs, ys, colour, dots=True):
         points = [place(x, y) for x, y in zip(xs, ys)]
         self.line(*points, colour=colour)
-        for x, y in points:
+        for x, y in points if dots else ():
             self.draw.circle((3 * x, 3 * y), 10, colour)
 
-    def axes(self, left, top, width, height, xs, ys, title, below):
-        """Two axes with ticks at xs and ys, as they are written -> a function (x, y) -> the place on the page."""
-        (x0, x1), (y0, y1) = (map(float, (ticks[0], ticks[-1])) for ticks in (xs, ys))
+    def axes(self, left, top, width, height, xs, ys, title, below, scale=float):
+        """Two axes with ticks at xs and ys, as they are written -> a function (x, y) -> the place on the page.
+
+        scale: of the axis of y, as math.log.
+        """
+        x0, x1, y0, y1 = float(xs[0]), float(xs[-1]), scale(float(ys[0])), scale(float(ys[-1]))
 
         def place(x, y):
-            return left + width * (x - x0) / (x1 - x0), top + height * (y1 - y) / (y1 - y0)
+            return left + width * (x - x0) / (x1 - x0), top + height * (y1 - scale(y)) / (y1 - y0)
 
         for y in ys:
             level = place(x0, float(y))[1]
             self.line((left, level), (left + width, level), colour="#dddddd", width=1)
             self.text(left - 8, level, y, size=13, anchor="rm")
         for x in xs:
-            self.text(place(float(x), y0)[0], top + height + 8, x, size=13, anchor="ma")
+            self.text(place(float(x), float(ys[0]))[0], top + height + 8, x, size=13, anchor="ma")
         self.line((left, top), (left, top + height), (left + width, top + height), width=1)
         self.text(left, top - 30, title, size=15)
         self.text(left + width / 2, top + height + 28, below, size=13, anchor="ma")
@@ -246,7 +250,33 @@ def heads(path, layer=1, t=3, reach=2, side=14):
     page.save(path)
 
 
-FIGURES = {"watch.gif": watch, "mask.png": mask, "cache.png": cache, "schedules.png": schedules, "heads.png": heads}
+def losses(run, window=20):
+    """A run in data/videomar.csv -> step, loss and seconds of its rows with t > 0, each the mean over `window` rows."""
+    with open(DATA / "videomar.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["run"] == run and row["t"] != "0"]
+    columns = np.array([[float(row[name]) for name in ("step", "loss", "seconds")] for row in rows])
+    return np.lib.stride_tricks.sliding_window_view(columns, window, 0).mean(-1).T
+
+
+def training(path):
+    """The loss of what ships, of the default run, and of the second resolution from nothing: data/videomar.csv."""
+    page, ys = Page(840, 330), ["0.01", "0.02", "0.05", "0.1", "0.2", "0.5"]
+    place = page.axes(60, 55, 310, 210, ["0", "3", "6", "9", "12"], ys, "loss, t > 0, at 64x64", "minutes", math.log)
+    for run, name, colour, y in (("default", "default, two cores", ORANGE, 0.12), ("9", "shipped, H100", BLUE, 0.18)):
+        _, loss, seconds = losses(run)
+        page.curve(place, seconds / 60, loss, colour, dots=False)
+        page.text(*place(4, y), name, colour)
+    xs = ["0", "30", "60", "90", "120", "150"]
+    place = page.axes(470, 55, 340, 210, xs, ys, "loss, t > 0, at 128x128", "clips, thousands", math.log)
+    for run, batch, name, colour, y in (("4", 64, "from nothing", ORANGE, 0.12), ("11", 32, "from 64x64", BLUE, 0.18)):
+        step, loss, _ = losses(run)
+        page.curve(place, step * batch / 1000, loss, colour, dots=False)
+        page.text(*place(60, y), name, colour)
+    page.save(path)
+
+
+FIGURES = {"watch.gif": watch, "mask.png": mask, "cache.png": cache, "schedules.png": schedules, "heads.png": heads,
+           "training.png": training}
 
 
 @torch.no_grad()

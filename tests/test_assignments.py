@@ -23,6 +23,8 @@ WRONG = [
     (1, "10.0 ** -(j + 1)", "10.0 ** -(j + 2)", "progressive_temperature(0) is 0.91"),
     (1, "0.9 + 10.0 ** -(j + 1)", "1 - 0.1 * (j > 0)", "progressive_temperature(1) is 0.9"),
     (1, "while left:", "for _ in range(steps - 1):", "the counts sum to 48"),
+    (1, "cosine = math.floor(n * math.cos(math.pi / 2 * (len(counts) + 1) / steps))",
+     "cosine = n * math.cos(math.pi / 2 * (len(counts) + 1) / steps) // 1", "a list of whole numbers"),
 
     (2, "keys, values = self.buffer[layer]", "keys, values = self.buffer[0]", "and another layer was"),
     (2, "return keys[:, :, :end], values[:, :, :end]",
@@ -35,6 +37,10 @@ WRONG = [
     (2, "return keys[:, :, :end], values[:, :, :end]", "return values[:, :, :end], keys[:, :, :end]",
      "keys of the first frame: at"),
     (2, "keys[:, :, self.length:end] = k\n", "keys[:, :, :k.shape[2]] = k\n", "keys of the second frame"),
+    (2, "keys, values = self.buffer[layer]", "keys, values = self.buffer[0, layer], self.buffer[1, layer]",
+     "values of the first frame in the buffer, at index 1"),
+    (2, "return keys[:, :, :end], values[:, :, :end]",
+     "keys, values = self.buffer[0]\n        return keys[:, :, :end], values[:, :, :end]", "keys of another layer"),
 
     (3, "a, s = self.table[:2, i]\n        return a * x0 + s * noise",
      "a, s = self.table[:2, int(i)]\n        return a * x0 + s * noise", "in q_sample, line"),
@@ -45,6 +51,7 @@ WRONG = [
     (3, "low + (v + 1) / 2 * (high - low)", "low + v * (high - low)", "at v = -1"),
     (3, "low + (v + 1) / 2 * (high - low)", "((v + 1) / 2 * high.exp() + (1 - v) / 2 * low.exp()).log()",
      "between the bounds"),
+    (3, "low + (v + 1) / 2", "low + (v.clamp(-1, 1) + 1) / 2", "v is not clamped"),
 
     (4, "count = math.ceil((end - begin) * draw_mask_ratio(self.config.mask_ratio))", "count = end - begin",
      "10 of 10 tokens carry loss"),
@@ -70,11 +77,19 @@ WRONG = [
      "it must be the config's"),
     (4, "torch.rand(batch, end - begin, device=device).argsort(1)[:, :count]",
      "(torch.randint(end - begin, (batch, 1)) + torch.arange(count)) % (end - begin)", "always lie side by side"),
+    (4, "return nn.init.trunc_normal_(torch.empty(1), mean, std, low, high).item()",
+     "r = torch.normal(mean, std, (1,)).item()\n"
+     "    return r if low <= r <= high else low + (high - low) * torch.rand(1).item()", "are below 0.80"),
+    (4, "places = begin + torch.rand(batch, end - begin, device=device).argsort(1)[:, :count]",
+     "places = torch.stack([begin + torch.randperm(end - begin)[:math.ceil((end - begin) * "
+     "draw_mask_ratio(self.config.mask_ratio))] for _ in range(batch)])", "one ratio is for all clips"),
     (4, 'if self.config.loss == "next-frame" else (0, frames * n)', "", "total-mask"),
 
     (5, "scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)", "scores = q @ k.transpose(-1, -2)",
      "attend, d = 16"),
     (5, "masked_fill(~mask, -torch.inf)", "masked_fill(mask, -torch.inf)", "attend with a mask"),
+    (5, "masked_fill(~mask, -torch.inf)",
+     "masked_fill(~mask.expand(*q.shape[:2], q.shape[2], q.shape[2]), -torch.inf)", "RuntimeError in attend"),
     (5, "return scores.softmax(-1)", "return scores.softmax(-2)", "the weights of a query sum to 1"),
     (5, "end = earlier + start + n\n", "end = k.shape[2]\n", "when later frames change"),
     (5, "earlier = k.shape[2] - q.shape[2]", "earlier = 0", "queries from frame"),
@@ -135,12 +150,19 @@ WRONG = [
     (9, "weight = (snr_clip * (s / a) ** 2).clamp(max=1)", "weight = 1", "snr_clip = 1"),
     (9, "+ variational).mean(-1)", "+ variational).mean()", "a number for each token"),
     (9, "eps, v = net(x, self.timesteps[i], z)", "eps, v = net(x, i, z)", "not the step i"),
+    (9, "eps, v = net(x, self.timesteps[i], z)", "eps, v = net(x, self.timesteps[i], z.detach())", "z has a gradient"),
     (9, "(weight * (eps - noise) ** 2 + variational)", "(weight * (eps - noise) ** 2)",
      "the variational term is missing"),
     (9, "torch.full_like(v, -1))  # its", "v)  # its", "the divergence of the variances"),
 
     (10, "(t + 1) * n if config.cuts else frames * n", "frames * n", "24 tokens are run; it must be 18"),
     (10, "(t + 1) * n if config.cuts else frames * n", "(t + 1) * n", "full: 18 tokens"),
+    (10, "(t + 1) * n if config.cuts else frames * n",
+     '(t + 1) * n if config.attention == "causal" else frames * n', "total-mask: 18 tokens"),
+    (10, "self.draw_masked(batch, frames, n, t, x.device)", "self.draw_masked(batch, n, frames, t, x.device)",
+     "are [(16, 4, 2)]"),
+    (10, "self.draw_masked(batch, frames, n, t, x.device)", "self.draw_masked(batch, frames, n, t + 1, x.device)",
+     "are [(16, 6, 3)]"),
     (10, "self.diffusion.loss(self.diffusion_mlp, x0, z, config.snr_clip).mean()",
      "(self.diffusion_mlp(x0, torch.zeros(len(z)), z)[:, :4] - x0).pow(2).mean()", "is not called"),
     (10, ", config.snr_clip).mean()", ").mean()", "snr_clip"),
@@ -174,11 +196,16 @@ RIGHT = [
      'scores = torch.einsum("bhqd, bhkd -> bhqk", q, k) / math.sqrt(q.shape[-1])'),
     (6, "a, b = x.chunk(2, -1)\n    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)",
      "a, b = x.chunk(2, -1)\n    return x * cos.repeat(1, 2) + torch.cat([-b, a], -1) * sin.repeat(1, 2)"),
+    (6, "a, b = x.chunk(2, -1)\n    return torch",
+     "batch, heads, tokens, dim = x.shape\n    a, b = x[..., :dim // 2], x[..., dim // 2:]\n    return torch"),
     (7, "c = F.silu(", "c = (lambda y: y * y.sigmoid())("),
+    (7, "self.diffusion_mlp = DiffusionMLP(config)",  # exercise 11 is begun
+     "self.actions = nn.Embedding(5, config.dim)\n        self.diffusion_mlp = DiffusionMLP(config)"),
     (8, "for i in reversed(range(self.steps)):", "for i in reversed(range(len(self.timesteps))):"),
     (8, "for i in reversed(range(self.steps)):", "for i in range(self.table.shape[1] - 1, -1, -1):"),
     (8, "x = mean if i == 0 else mean + temperature * (0.5 * logvar).exp() * torch.randn_like(x)",
      "x = mean + (i > 0) * temperature * logvar.exp().sqrt() * torch.randn(x.shape)"),
+    (8, "x = mean if i == 0 else", "x[:] = mean if i == 0 else"),
     (9,
      "kl = 0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp() + (true_mean - mean) ** "
      "2 * (-logvar).exp())",
@@ -188,6 +215,12 @@ RIGHT = [
     (10, "x0 = target.flatten(0, 1).repeat(config.noise_draws, 1)  # (tokens, C)\n"
      "        z = z.flatten(0, 1).repeat(config.noise_draws, 1)",
      "x0, z = (y.flatten(0, 1).repeat_interleave(config.noise_draws, 0) for y in (target, z))"),
+    (10, "masked, places = self.draw_masked(batch, frames, n, t, x.device)\n"
+     "        end = (t + 1) * n if config.cuts else frames * n\n"
+     "        z = self.hidden(x[:, :end], masked[:, :end], text",
+     "x = x[:, :(t + 1) * n] if config.cuts else x\n"
+     "        masked, places = self.draw_masked(batch, x.shape[1] // n, n, t, x.device)\n"
+     "        z = self.hidden(x, masked, text"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""The README's figures: the mask is drawn from what a model does, and the heads from where its attention goes."""
+"""The figures: the mask is drawn from what a model does, the heads from where its attention goes, losses from logs."""
 import numpy as np
 import pytest
 import torch
@@ -27,6 +27,17 @@ def test_a_random_model_for_the_mask_reads_other_tokens():
     """An untrained model's blocks are the identity, and its table would be a diagonal."""
     torch.manual_seed(0)
     assert torch.equal(figures.seen_by(figures.random_model()), FRAME[:, None] >= FRAME)
+
+
+def test_losses_are_means_of_one_run_without_frame_0(tmp_path, monkeypatch):
+    """Steps 1 to 12 of two runs; every third step has t = 0 and a loss that would stand out."""
+    monkeypatch.setattr(figures, "DATA", tmp_path)
+    rows = [f"{run},{step},1,{step % 3},{100 * (step % 3 == 0) + step * scale},0,{2 * step}"
+            for run, scale in (("9", 1), ("11", 7)) for step in range(1, 13)]
+    (tmp_path / "videomar.csv").write_text("\n".join(["run,step,stage,t,loss,lr,seconds", *rows]))
+    step, loss, seconds = figures.losses("11", window=4)
+    assert step.tolist() == [(1 + 2 + 4 + 5) / 4, (2 + 4 + 5 + 7) / 4, 6, 7.5, 9]
+    assert loss.tolist() == (7 * step).tolist() and seconds.tolist() == (2 * step).tolist()
 
 
 def test_attention_by_offset_finds_the_place_that_look_beside_chose(monkeypatch):
