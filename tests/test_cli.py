@@ -78,6 +78,11 @@ def test_what_is_read_or_cannot_be_written_is_told_before_sampling(tiny, folder,
     Image.new("L", (64, 64)).save("a-strip.png")
     code, _, err = tiny("--img", "a-strip.png", "--out", "a.gif")
     assert code == 2 and "would be overwritten" in err
+    Image.new("L", (64, 64)).save("c.png")
+    (folder / "link.png").symlink_to("c.png")
+    for read in (folder / "c.png", "link.png"):  # other names of what would be written
+        code, _, err = tiny("--img", read, "--out", "c.png")
+        assert code == 2 and "would be overwritten" in err
     (folder / "b-strip.png").mkdir()
     code, _, err = tiny(*CAT, "--out", "b.gif")
     assert code == 2 and "b-strip.png: it is a folder" in err
@@ -180,6 +185,7 @@ def test_what_the_sampler_is_given(tiny, folder, monkeypatch):
     numbers = ["--cfg", 0, "--temperature", 0, "--steps", 2, "--diffusion-steps", 4]
     sampling = replace(TINY_SAMPLING, cfg=0, temperature=0, unmask_steps=2, diffusion_steps=4)
     assert given_by(*CAT, *numbers, "--n", 2, "--no-cache") == ((2, 1), ["a", "a"], 3, sampling, False, {})
+    assert given_by(*CAT, "--temperature", "progressive")[3].temperature == "progressive"
     for args, given in (([], 0), (["--video", "clip.png"], 2), (["--video", "clip.png", "--context", 1], 1)):
         assert given_by(*args)[0] == (1, given)
     for frame, t in ((1, 1), (4, 1), (5, 2), (8, 2)):
@@ -213,7 +219,7 @@ def test_prompt_beside_the_picture(tiny, folder):
     assert "'a link' (beside link.png)" in tiny("--img", "link.png")[1] and (folder / "out/link.gif").exists()
     Image.new("RGB", (30, 20), "red").save("cat.png")  # in the place of the one that ships
     assert "prompt: none" in tiny("--img", "cat.png")[1]
-    assert tiny("--img", "x.png", "--prompt", "")[0] == 0
+    assert "prompt: none" in tiny("--img", "x.png", "--prompt", "")[1]
     assert tiny("--img", "x.png", "--prompt", "very long " * 20000)[0] == 0
 
 
@@ -349,6 +355,8 @@ BAD = [
     ([*CAT, "--wrong"], ["--wrong", "--help"]),
     ([*CAT, "--box", "0,0,8,8"], ["--box", "--video"]),
     (["--video", "one.png", "--box", "0,0,8"], ["--box", "0,0,8"]),
+    (["--video", "one.png", "--box=-16,0,-8,8"], ["--box", "-16 should be from 0"]),
+    (["--video", "one.png", "--context", "0"], ["--context", "0 should be from 1"]),
     (["--video", "one.png", "--box", "0,0,8,8", "--context", "2"], ["--context", "not allowed with", "--box"]),
     (["--video", "one.png", "--box", "50,50,60,60"], ["--box", "no pixel"]),
     ([*CAT, "--then", "13", "later"], ["--then 13", "from 1 to 8"]),
@@ -411,6 +419,34 @@ def test_products_are_in_the_dtype_that_is_asked_for():
         *_, autocast = choose_hardware(SimpleNamespace(device="cpu", dtype=dtype))
         with autocast:
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sampling_computes_in_the_dtype_that_is_asked_for(tiny, monkeypatch, dtype):
+    seen, generate = [], sample.generate
+
+    def watched(*args, **options):
+        seen.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        return generate(*args, **options)
+
+    monkeypatch.setattr(sample, "generate", watched)
+    assert tiny(*CAT, "--dtype", dtype)[0] == 0 and seen == [getattr(torch, dtype)]
+
+
+def test_what_is_opened_and_where(folder, tiny_files, monkeypatch):
+    """The checkpoint that ships, if there is none in out/. "meta" stands for a GPU."""
+    def opened(path, device, dtype, *_):
+        raise Bad(f"{path} on {device} in {dtype}")
+
+    monkeypatch.setattr(sample, "choose_hardware", lambda a: (torch.device("meta"), torch.bfloat16, None))
+    monkeypatch.setattr(sample, "load_model", opened)
+    for ckpt in (DATA / "videomar.pt", Path("out/videomar.pt")):
+        with pytest.raises(Bad, match=f"^{re.escape(str(ckpt))} on meta in torch.bfloat16"):
+            sample.open_model(sample.options_parser().parse_args([]))
+        (folder / "out").mkdir(exist_ok=True)
+        (folder / "out/videomar.pt").touch()
+    content = sample.load_checkpoint(tiny_files / "ckpt.pt")
+    assert sample.build_model(content, "ckpt.pt", "meta").token_in.weight.is_meta
 
 
 def test_a_main_that_fails_leaves_nothing_behind(monkeypatch, capsys):

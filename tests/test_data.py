@@ -339,6 +339,7 @@ def test_a_run_goes_on_with_its_clips_alone(folder, monkeypatch, capsys, tiny_fi
     fill(folder / "clips")
     args = ["--data", ".", "--size", "16x24", "--frames", 5, "--batch", 2, "--tokenizer", tiny_files / "tokenizer.pt"]
     assert run_train(monkeypatch, *args, "--steps", 2) == 0
+    assert "4 clips" in params("out/ckpt.pt", "data")
     write_video(folder / "out/cat.webp", world.clip(9, 9, *SIZE)[0], 12)
     capsys.readouterr()
     assert run_train(monkeypatch, "--resume", "--steps", 4) == 0
@@ -348,6 +349,13 @@ def test_a_run_goes_on_with_its_clips_alone(folder, monkeypatch, capsys, tiny_fi
     with pytest.raises(Bad, match="holds other clips than before"):
         run_train(monkeypatch, "--resume", "--steps", 6)
     assert len(Folder(Path("out"), out=Path("out")).clips) == len(Folder(Path("clips/a"), out=Path("clips")).clips) == 1
+
+
+def test_latents_know_their_size_better_than_init(folder, tiny_files):
+    fill(folder / "clips", 1)
+    encode(folder / "clips", folder / "latents", tiny_tokenizer(), 5, (16, 16))
+    args = ["--data", "latents", "--init", str(tiny_files / "ckpt.pt"), "--frames", "5"]
+    assert train.read_options(args)[0].size == (16, 16)  # that of ckpt.pt is 16x24
 
 
 def test_a_tokenizer_is_trained_on_clips_and_the_model_on_the_same(folder, monkeypatch, capsys):

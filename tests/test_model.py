@@ -55,6 +55,8 @@ def test_the_defaults_are_the_papers():
     assert asdict(PRESETS["toy"]["model"]) == {**asdict(Config()), **told}
     assert PRESETS["toy"]["training"]["size"] == (64, 64)
     assert PRESETS["toy"]["sampling"] == dict(unmask_steps=6, diffusion_steps=15)
+    assert PRESETS["paper"]["model"] == Config()
+    assert PRESETS["paper"]["steps"] == {5: 50000, 13: 50000, 25: 100000}
 
 
 @pytest.mark.parametrize("position", ["rope", "absolute"])
@@ -267,8 +269,22 @@ def test_attention_masks_on_other_devices_too():
 
     q, k, v = torch.randn(3, 2, 4, 5, 8)
     mask = torch.tensor([True, True, False, True, False]).expand(2, 1, 1, 5)
-    there = videomar.attend(*(x.as_subclass(Elsewhere) for x in (q, k, v)), mask)
-    assert torch.allclose(there.as_subclass(torch.Tensor), videomar.attend(q, k, v, mask), atol=1e-5)
+    for seen in (mask, None):
+        there = videomar.attend(*(x.as_subclass(Elsewhere) for x in (q, k, v)), seen)
+        assert torch.allclose(there.as_subclass(torch.Tensor), videomar.attend(q, k, v, seen), atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_step_makes_its_tensors_where_the_model_is():
+    """"meta" stands for a GPU: tensors of two devices do not meet."""
+    assert tiny_model().to("meta")(clip().to("meta"), CAPTIONS, 1).is_meta
+
+
+def test_sampling_has_the_timesteps_of_the_configuration():
+    model, seen = tiny_model(timesteps=50), []
+    model.diffusion_mlp.register_forward_pre_hook(lambda module, args: seen.append(args[1].item()))
+    sampled(model, clip(1), 2)
+    assert max(seen) == 49
 
 
 # ----------------------------------------------------------------------------------------------------- the loss

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -185,6 +186,60 @@ def test_muon_takes_the_inner_matrices_and_adamw_the_rest():
     assert (train.CLIP, train.EMA, train.MUON) == (3.0, 0.9999, 3)
 
 
+def test_the_first_weights_are_of_the_seed(folder, monkeypatch):
+    monkeypatch.setitem(videomar.PRESETS, "toy", {**videomar.PRESETS["toy"], "model": TINY})
+    weights = []
+    for seed in ("0", "1", "0"):
+        torch.manual_seed(7 + len(weights))  # what was drawn before plays no part
+        a, *_ = train.read_options(["--seed", seed])
+        weights.append(train.make_model(a, {}, 16, torch.device("cpu"), torch.float32)[0].token_in.weight)
+    assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[0], weights[1])
+
+
+def test_compile_takes_the_blocks_and_the_mlp(folder, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setitem(videomar.PRESETS, "toy", {**videomar.PRESETS["toy"], "model": TINY})
+    for options in ([], ["--compile"]):
+        a, *_ = train.read_options(options)
+        model, _ = train.make_model(a, {}, 16, torch.device("cpu"), torch.float32)
+        assert compiled == ([*model.blocks, model.diffusion_mlp] if options else [])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_computes_in_the_dtype_that_is_asked_for(folder, monkeypatch, tiny_files, dtype):
+    seen, forward = [], videomar.VideoMAR.forward
+
+    def watched(self, x, captions, t):
+        seen.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        return forward(self, x, captions, t)
+
+    monkeypatch.setattr(videomar.VideoMAR, "forward", watched)
+    assert run_train(monkeypatch, *SHORT, "--dtype", dtype, "--tokenizer", tiny_files / "tokenizer.pt") == 0
+    assert seen == [getattr(torch, dtype)]
+
+
+def test_an_ablation_reads_whole_clips_of_its_stride(folder, monkeypatch, tiny_files):
+    seen, forward = set(), videomar.VideoMAR.forward
+
+    def watched(self, x, captions, t):
+        seen.add((x.shape[1], t))
+        return forward(self, x, captions, t)
+
+    monkeypatch.setattr(videomar.VideoMAR, "forward", watched)
+    files.save(tiny_tokenizer((8, 16, 16)).pack(), folder / "strong.pt")
+    args = [*SHORT, "--size", "32x32", "--frames", 17, "--steps", 12, "--frame0", 0, "--attention", "full"]
+    assert run_train(monkeypatch, *args, "--tokenizer", "strong.pt") == 0
+    assert seen == {(3, 1), (3, 2)}
+
+
+def test_a_line_of_the_log(folder, monkeypatch, tiny_files):
+    args = [*SHORT, "--frames", "5,5", "--steps", "2,1", "--frame0", 1]
+    assert run_train(monkeypatch, *args, "--tokenizer", tiny_files / "tokenizer.pt") == 0
+    assert [row[:3] for row in columns("out/log.csv")[:4]] == [
+        ["step", "stage", "t"], ["1", "1", "0"], ["2", "1", "0"], ["3", "2", "0"]]
+
+
 def test_three_steps_by_hand(folder, monkeypatch, tiny_files):
     """Rates, the norm of the gradients, the average of the weights, and which of them is written where."""
     rates, norms, kept, scale = [], [], [], [1000, 1000, 1e-3]
@@ -341,8 +396,12 @@ def test_resumed_is_bit_for_bit_the_run_that_was_not_stopped(folder, monkeypatch
 def test_resume_refuses_what_would_repeat_or_skip_clips(folder, monkeypatch, tiny_files):
     assert run_train(monkeypatch, *SHORT, "--tokenizer", tiny_files / "tokenizer.pt") == 0
     before = (folder / "out/ckpt.pt").read_bytes()
+    assert checkpoint("out/ckpt.pt")["options"].keys() == {
+        "preset", "frames", "steps", "size", "data", "fps", "text", "batch", "parts", "optimiser", "lr", "noise",
+        "frame0", "seed", "save_every", "attention", "loss", "position"}
     for name, old, new in (("batch", "2", "4"), ("seed", "0", "1"), ("frames", r"\(5,\)", "5,9"), ("parts", "1", "2"),
-                           ("noise", "0.15", "0"), ("optimiser", "muon", "adamw"), ("size", "", "32x32")):
+                           ("noise", "0.15", "0"), ("optimiser", "muon", "adamw"), ("size", "", "32x32"),
+                           ("frame0", "0.05", "0.5"), ("attention", "causal", "full")):
         with pytest.raises(Bad, match=f"--resume: --{name} was {old}.*--init") as told:
             run_train(monkeypatch, "--resume", f"--{name}", new, "--steps", 2)
         assert "\n" not in str(told.value)
@@ -357,6 +416,7 @@ def test_a_resumed_run_may_get_longer_but_its_past_stays(folder, monkeypatch, ti
     for steps in ("9", "4,3", "3,2"):
         with pytest.raises(Bad, match="--resume: --steps was 3,3; change the last number alone, and to no fewer"):
             train.read_options(["--resume", "--steps", steps])
+    assert train.read_options(["--resume"])[0].steps == [3, 3]  # it has ended: there is nothing to do
     a, *_ = train.read_options(["--resume", "--steps", "3,9"])
     assert a.steps == [3, 9]
 
@@ -384,6 +444,23 @@ def test_nothing_of_an_earlier_run_is_lost(folder, monkeypatch, tiny_files):
     assert logs[6] == rows and logs[7].startswith(rows) and logs[7].count("\n") == 8  # line by line: a kill loses none
     assert checkpoint("out/ckpt.pt")["step"] == 7
     assert all(v.isfinite().all() for v in params("out/ckpt.pt").values())
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "videomar.pt"])
+def test_a_checkpoint_is_never_half_a_file(folder, monkeypatch, tiny_files, name):
+    assert run_train(monkeypatch, *SHORT, "--tokenizer", tiny_files / "tokenizer.pt") == 0
+    before, save = Path("out", name).read_bytes(), torch.save
+
+    def half(what, path):
+        if name not in Path(path).name:
+            return save(what, path)
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(Bad, match=f"{name}: it cannot be written"):
+        run_train(monkeypatch, "--resume", "--steps", 2)
+    assert Path("out", name).read_bytes() == before
 
 
 def test_a_film_strip_that_fails_loses_no_step(folder, monkeypatch, tiny_files):
@@ -506,6 +583,16 @@ def test_save_writes_beside_and_renames(folder, monkeypatch):
     assert files.load("f.pt", "x")["a"] == 1 and os.listdir() == ["f.pt"]
 
 
+def test_ranks_on_gpus_join_by_nccl(monkeypatch):
+    told = []
+    monkeypatch.setattr(train.dist, "init_process_group", lambda *args, **options: told.append((*args, options)))
+    monkeypatch.setattr(torch.cuda, "set_device", told.append)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train.start_ranks(torch.device("cuda:1")) == (1, 2)
+    assert told == [torch.device("cuda:1"), ("nccl", {"timeout": timedelta(hours=1)})]
+
+
 def test_two_ranks_may_write_one_file_at_a_time(folder, monkeypatch):
     """As those of tokenizer.py --encode do: the last one's is there, whole."""
     def first(part):
@@ -621,7 +708,7 @@ def test_a_resolution_stage_starts_from_the_low_one(folder, monkeypatch, tiny_fi
     assert all(v.dtype == torch.float16 for v in small["ema"].values())
     done = script("sample.py", "--img", "cat.png", "--ckpt", "high/videomar.pt", "--steps", 2, "--diffusion-steps", 3)
     assert done.returncode == 0, done.stderr
-    assert "17 frames 32x48" in done.stdout and (folder / "out/cat.gif").exists()
+    assert "17 frames 32x48" in done.stdout and Image.open("out/cat-strip.png").size == (3 * 384, 256)
 
 
 def test_init_brings_its_tokenizer_size_and_sizes(folder, monkeypatch, tiny_files):
