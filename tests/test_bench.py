@@ -2,6 +2,7 @@
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import bench
 import pytest
@@ -148,6 +149,61 @@ def test_the_plan_of_the_paper(monkeypatch, capsys):
     assert half["flops"] == pytest.approx(7 * flops[0], rel=1e-4)
 
 
+def test_the_plan_counts_every_option(monkeypatch, capsys):
+    """Muon's products on each GPU, tokens by size and stride, the memory of the longest stage and of one part."""
+    args = ["--size", "128x192", "--stride", "8x16x16", "--frames", "33,17", "--batch", 32, "--gpus", 4, "--parts", 8]
+    config, flops = PRESETS["toy"]["model"], {}
+    for optimiser in ("adamw", "muon"):
+        text, result = plan(monkeypatch, capsys, *args, "--optimiser", optimiser)
+        flops[optimiser] = result["flops_a_step"]
+    counted = [bench.mean_train_flops(config, 8 * 12, t, 32, True) for t in (5, 3)]
+    own = 4 * bench.muon_flops(VideoMAR(config, Words(config.text_dim)), "muon")
+    assert flops["adamw"] == pytest.approx(counted, rel=1e-5)
+    assert flops["muon"] == pytest.approx([one + own for one in counted], rel=1e-5)
+    whole, recompute = (line for line in text.split("\n") if line.startswith("memory"))
+    kept = 4 * 5 * 96 * 192  # channels of 4 clips of 5 latent frames
+    assert f"about {kept * 60 * 6 / 2**30:.2f} of" in whole and "--recompute" not in whole
+    assert f"about {kept * (4 * 6 + 60) / 2**30:.2f} of" in recompute and "--recompute" in recompute
+
+
+def test_ratios_and_shares_by_hand(monkeypatch):
+    """Three of twelve steps, two of three frames; a peak of 1 TFLOP/s. In training t = 1, 2, then the full sequence."""
+    model, cpu = VideoMAR(TINY, Words(TINY.text_dim)), torch.device("cpu")
+    a = SimpleNamespace(preset="toy", batch=2, repeats=1, ntp_steps=3, nocache_frames=2, growth=False)
+    monkeypatch.setattr(bench, "matmul_peak", lambda *_: 1e12)
+    monkeypatch.setattr(bench, "median_seconds", lambda *_: [2.0, 30.0, 10.0])
+    sampling = videomar.Sampling(**PRESETS["toy"]["sampling"])
+    part, whole, cached = (sum(bench.sample_flops(TINY, sampling, 6, frames, how))
+                           for frames, how in ((2, "nocache"), (3, "nocache"), (3, "cache")))
+    assert bench.bench_sample(a, model, cpu, torch.float32, (2, 3), 3) == pytest.approx(dict(
+        ntp_s=8, nocache_s=30 * whole / part, cache_s=10, cache_ratio=3 * whole / part, ntp_ratio=0.8,
+        cache_ratio_flops=whole / cached, peak_share=2 * cached / 10 / 1e12, s_per_latent_frame=5))
+    monkeypatch.setattr(bench, "median_seconds", lambda *_: [1.0, 3.0, 8.0])
+    full, cut = (bench.mean_train_flops(TINY, 6, 3, 2, how) + bench.muon_flops(model, "muon") for how in (False, True))
+    assert bench.bench_train(a, model, cpu, torch.float32, (2, 3), 3) == pytest.approx(dict(
+        full_s=8, cut_s=2, ratio=4, ratio_flops=full / cut, peak_share=cut / 2 / 1e12, tokens_per_s=15))
+
+
+def test_what_is_timed_is_what_is_counted(monkeypatch):
+    """The full sequence with dense attention, and the cut one; what is not counted is 1 to 3 %."""
+    def counted(works, *_):
+        flops = []
+        for work in works:
+            with FlopCounterMode(display=False) as counter:
+                work()
+            flops.append(counter.get_total_flops())
+        return flops
+
+    config, cpu = replace(TINY, layers=3, dim=128, heads=4), torch.device("cpu")
+    monkeypatch.setattr(bench, "median_seconds", counted)
+    monkeypatch.setattr(bench, "matmul_peak", lambda *_: 1e12)
+    monkeypatch.setattr(videomar, "draw_mask_ratio", lambda mask_ratio: 0.86)
+    a = SimpleNamespace(preset="paper", batch=2, repeats=1)  # whose optimiser is AdamW
+    got = bench.bench_train(a, VideoMAR(config, Words(config.text_dim)), cpu, torch.float32, (8, 8), 4)
+    for key, cut in (("full_s", False), ("cut_s", True)):
+        assert got[key] == pytest.approx(bench.mean_train_flops(config, 64, 4, 2, cut), rel=0.05)
+
+
 def meta_only(function):
     def checked(tensor, *args, **kwargs):
         assert tensor.is_meta
@@ -158,6 +214,7 @@ def meta_only(function):
 @pytest.mark.parametrize("args, words", [
     (["--frames", "5,13", "--steps", "1,2,3"], ["--steps", "3 numbers"]),
     (["--gpus", "3"], ["--batch 16", "--gpus 3"]),
+    (["--gpus", "4", "--parts", "2"], ["--parts 2", "--gpus 4"]),
     (["--frames", "1"], ["--frames 1", "5"]),
     (["--size", "60x64"], ["60x64", "64x64"])])
 def test_a_plan_that_train_would_refuse(monkeypatch, capsys, args, words):

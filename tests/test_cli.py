@@ -414,6 +414,21 @@ def test_too_little_memory_is_one_line(tiny, monkeypatch, message):
     assert code == 2 and "not enough memory" in err and len(err.strip().split("\n")) == 1
 
 
+def test_a_picture_that_memory_cannot_hold_is_one_line(tiny, monkeypatch):
+    def full(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr("data.video.ImageOps.fit", full)
+    code, _, err = tiny(*CAT)
+    assert code == 2 and "not enough memory" in err and len(err.strip().split("\n")) == 1
+
+
+def test_bfloat16_is_taken_where_it_is_fast(monkeypatch):
+    for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast})
+        assert choose_hardware(SimpleNamespace(device="cpu", dtype=None))[1] == dtype
+
+
 def test_products_are_in_the_dtype_that_is_asked_for():
     for dtype in ("bfloat16", "float32"):
         *_, autocast = choose_hardware(SimpleNamespace(device="cpu", dtype=dtype))
@@ -573,6 +588,7 @@ def test_bad_input_to_training(folder, tiny_files, monkeypatch, capsys, args, wo
     (["--encode", ".", "--stride", "4x8x8"], ["--stride, --width", "leave them out"]),
     (["--tokenizer", "."], ["--tokenizer .", "--encode"]),
     (["--batch", "1", "--frames", "1", "--size", "8x8"], ["one token", "--batch"]),
+    (["--out", "tokenizer.pt"], ["tokenizer.pt", "not a folder"]),
 ])
 def test_bad_input_to_the_tokenizer(folder, tiny_files, monkeypatch, capsys, args, words):
     """It is told before a network is built."""

@@ -84,6 +84,26 @@ def test_a_folder_of_clips(folder, monkeypatch):
     assert Folder(folder / "clips").clips == source.clips and Folder(folder / "clips").files == source.files
     (folder / "clips/clip0.txt").write_text("else")
     assert Folder(folder / "clips").files != source.files
+    before = Folder(folder / "clips").files
+    for path in folder.glob("clips/clip3.*"):
+        path.rename(path.with_stem("clip4"))  # the same captions, in the same order
+    assert Folder(folder / "clips").files != before
+
+
+def test_pictures_are_made_smaller_by_their_means(folder):
+    Image.fromarray(np.tile(np.array([0, 255], np.uint8), (64, 32))).save("stripes.png")  # of one pixel each
+    small = read_clip(Path("stripes.png"), (16, 16)).astype(int)
+    assert abs(small[:, 2:-2, 2:-2] - 127).max() < 20
+
+
+def test_the_rate_reaches_the_training_of_a_tokenizer_and_is_refused_for_latents(folder, monkeypatch, capsys):
+    fill(folder / "clips", 1)  # 9 frames at 10 a second are 4 at 5
+    encode(folder / "clips", folder / "latents", tiny_tokenizer(), 5, SIZE)
+    with pytest.raises(Bad, match="--fps 5"):
+        open_source(folder / "latents", 5)
+    args = ["--data", "clips", "--fps", 5, "--frames", 9, "--size", "16x16", "--steps", 1, "--batch", 2, "--width", 16]
+    code, _, err = call(monkeypatch, capsys, *args, module=tokenizer)
+    assert code == 2 and "none of its 1 clips can be used" in err, err
 
 
 def test_captions_as_editors_write_them(folder):
@@ -206,6 +226,7 @@ def test_what_cannot_be_used_is_skipped_once_and_counted(folder, capsys):
     (["--encode", "clips", "--tokenizer", "x.pt", "--stride", "4x8x8"], ["--stride, --width", "leave them out"]),
     (["--encode", "clips", "--data", "clips"], ["--data", "not allowed with", "--encode"]),
     (["--encode", "clips", "--frames", "25"], ["none of its 1 clips", "9 frames, 25 are needed"]),
+    (["--encode", "clips", "--frames", "6"], ["6 frames", "5 or 9"]),
 ])
 def test_bad_folders(folder, monkeypatch, capsys, args, words):
     (folder / "empty").mkdir()
@@ -535,6 +556,7 @@ def test_many_clips_need_no_memory(folder):
     latents = torch.zeros(1000, 2, 8, 8, 16, dtype=torch.float16)
     for i in range(40):
         latents[:] = i
+        latents[..., 0] = torch.arange(1000)[:, None, None, None]
         save({"kind": "shard", "latents": latents, "captions": [f"clip {i} {j}" for j in range(1000)]},
              folder / f"big/shard-{i:05d}.pt")
     settings = {"frames": 5, "size": (64, 64), "files": 1, "crc": 1, "shards": 40}
@@ -551,7 +573,8 @@ seen = set()
 for step in range(100):
     latents, captions = source.batch(range(step * 64, step * 64 + 64), 5, (64, 64))
     for caption, x in zip(captions, latents):
-        assert (x == int(caption.split()[1])).all()
+        shard, row = map(int, caption.split()[1:])
+        assert (x[..., 1:] == shard).all() and (x[..., 0] == row).all()
     seen.update(captions)
 print(len(seen), memory() - before)
 """

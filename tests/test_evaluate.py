@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from functools import partial
+from pathlib import Path
 
 import evaluate
 import numpy as np
@@ -12,10 +13,11 @@ import torch
 from conftest import TINY_SAMPLING, tiny_model, tiny_tokenizer
 from PIL import Image
 from test_cli import call as call_script
+from test_cli import frames_of
 
 from data import world
 from data.files import mix_seed, save
-from data.video import psnr, read_clip, to_float
+from data.video import psnr, read_clip, to_float, to_uint8
 
 HAS_AV = importlib.util.find_spec("av") is not None
 MOVING = "star", "red", "moves right slowly", 0.4, 0.5, 0.18  # the sprite of the true clips below
@@ -56,6 +58,16 @@ def test_background_is_measured_where_no_sprite_is():
     i = evaluate.MEASURES.index("background")
     assert evaluate.measure(video - 10, video, truth)[i] == pytest.approx(20 * np.log10(255 / 10), abs=0.1)
     assert evaluate.measure(elsewhere, video, truth)[i] > 35
+
+
+def test_each_of_two_sprites_is_measured():
+    """One is as it should be; the other has another shape and colour, and goes the other way."""
+    one = "star", "red", "moves right slowly", 0.3, 0.65, 0.18
+    truth = scene_of(one, ("circle", "blue", "moves left slowly", 0.65, 0.25, 0.16))
+    other = scene_of(one, ("square", "green", "moves right slowly", 0.65, 0.25, 0.16))
+    right, wrong = (world.render(scene, 13, 64, 64) for scene in (truth, other))
+    assert evaluate.measure(right, right, truth)[:3] == pytest.approx([1, 1, 0])
+    assert evaluate.measure(wrong, right, truth)[:3] == pytest.approx([0.5, 0.5, 64 * 0.02 * 6.5 / 2], rel=0.15)
 
 
 def test_a_hidden_sprite_is_not_found():
@@ -126,7 +138,7 @@ def test_the_last_line_is_json_and_agrees_with_the_table(folder, tiny_files, mon
 
 @torch.no_grad()
 @pytest.mark.parametrize("context, last, spans, prompt", [
-    (1, 0, (slice(1, 5), slice(5, 9)), None), (2, 4, (slice(5, 9),), "a cat")])
+    (1, 0, (slice(1, 5), slice(5, 9)), None), (1, 0, (slice(1, 5), slice(5, 9)), ""), (2, 4, (slice(5, 9),), "a cat")])
 def test_scores_are_of_held_out_clips(folder, monkeypatch, context, last, spans, prompt):
     """A sampler that knew the future would score as the tokenizer alone; the repeated picture is scored by hand."""
     tokenizer, count, size, real = tiny_tokenizer(), 3, (16, 24), evaluate.measure
@@ -147,12 +159,43 @@ def test_scores_are_of_held_out_clips(folder, monkeypatch, context, last, spans,
     monkeypatch.setattr(evaluate, "measure", measure)
     args = TINY_SAMPLING, folder / "a.gif", context, prompt, 12, False
     result = evaluate.evaluate(tiny_model(), tokenizer, count, 9, size, *args, batch=2)
-    assert seen == ([prompt] * count if prompt else captions)  # the last batch is smaller
+    assert seen == (captions if prompt is None else [prompt] * count)  # the last batch is smaller
     assert measured == [(world.scene(i, *size, held_out=True), last + 1) for i in range(count) for _ in range(3)]
     assert result["gap_closed"] == 1 and result["psnr"] == result["psnr_tokenizer"]
     repeated = truth[:, :, last:last + 1].expand(-1, -1, 4, -1, -1)
     by_hand = torch.stack([psnr(repeated, truth[:, :, span]) for span in spans], 1).mean(1)
     assert result["psnr_copy"] == pytest.approx(by_hand.mean().item(), abs=1e-3)
+
+
+@torch.no_grad()
+def test_what_is_scored_measured_and_shown_is_the_sample(folder, monkeypatch):
+    """Of a sampler that is wrong: beside its rivals, against the truth, which stands above it in strip and video."""
+    tokenizer, size, calls = tiny_tokenizer(), (16, 24), []
+    truth = to_float(world.World().held_out(2, 9, size)[0])
+    true_tokens = tokenizer.encode(truth)
+    tokens = true_tokens.flip(-1)
+    monkeypatch.setattr(evaluate, "generate", lambda *args: tokens)
+    monkeypatch.setattr(evaluate, "measure", lambda video, true, *_: calls.append((video, true)) or np.ones(6))
+    result = evaluate.evaluate(tiny_model(), tokenizer, 2, 9, size, TINY_SAMPLING, folder / "a.webp")
+    rivals = tokenizer.decode(tokens), truth[:, :, :1].expand_as(truth), tokenizer.decode(true_tokens)
+    want = [(to_uint8(video[i]), to_uint8(truth[i])) for i in range(2) for video in rivals]
+    for got, pair in zip(calls, want, strict=True):
+        assert np.array_equal(got[0], pair[0]) and np.array_equal(got[1], pair[1])
+    for key, video in zip(("psnr", "psnr_copy", "psnr_tokenizer"), rivals):
+        by_hand = [psnr(video[:, :, span], truth[:, :, span]) for span in (slice(1, 5), slice(5, 9))]
+        assert result[key] == pytest.approx(torch.stack(by_hand).mean().item(), abs=1e-3)
+    strip, movie = np.asarray(Image.open("a-strip.png")), frames_of("a.webp")
+    sample, true = want[0]
+    assert np.array_equal(strip[:16], np.hstack(true[::4])) and np.array_equal(strip[16:32], np.hstack(sample[::4]))
+    assert np.array_equal(movie[:, :16, :24], true) and np.array_equal(movie[:, 16:, :24], sample)
+
+
+def test_options_reach_the_evaluation(folder, tiny_files, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(evaluate, "evaluate", lambda *args: seen.append(args[2:]) or {})
+    args = ["--clips", 2, "--context", 2, "--prompt", "", "--no-cache", "--fps", 5, "--size", "32x16", "--frames", 13]
+    code, _, err = call(monkeypatch, capsys, "--ckpt", tiny_files / "ckpt.pt", *args, "--out", "a.webp")
+    assert code == 0 and seen == [(2, 13, (32, 16), TINY_SAMPLING, Path("a.webp"), 2, "", 5, False)], err
 
 
 def test_what_a_checkpoint_was_trained_on_is_told(folder, tiny_files, monkeypatch, capsys):
@@ -228,6 +271,29 @@ def test_a_list_of_prompts(folder, prompts, monkeypatch):
         monkeypatch.setenv("RANK", rank)
         assert f"wrote {count} clips" in prompts(rows, "--out", "two")[1]
     assert alike(look("two"), before)
+
+
+@pytest.mark.skipif(not HAS_AV, reason="needs av")
+def test_every_clip_has_its_own_prompt_and_the_rate(folder, prompts, monkeypatch):
+    seen = []
+
+    def generate(model, given, captions, frames, sampling, use_cache):
+        seen.append((captions, use_cache))
+        return torch.zeros(len(given), frames, 2, 3, 16)
+
+    monkeypatch.setattr(evaluate, "generate", generate)
+    code, _, err = prompts("a.png,one\ncat.png,two\n", "--out", "clips", "--no-cache", "--fps", 5)
+    assert code == 0 and seen == [(5 * ["one"] + 3 * ["two"], False), (2 * ["two"], False)], err
+    with __import__("av").open("clips/one-0.mp4") as file:
+        assert file.streams.video[0].average_rate == 5
+
+
+def test_a_list_as_a_spreadsheet_writes_it_with_a_long_prompt(folder):
+    """A byte order mark; a file's name is of 255 bytes at most."""
+    Image.new("RGB", (24, 16)).save("a.png")
+    (folder / "list.csv").write_text(f"image,prompt\na.png,{'é' * 300}\n", encoding="utf-8-sig")
+    [(name, (_, prompt))] = evaluate.read_prompts(folder / "list.csv", (16, 24)).items()
+    assert prompt == "é" * 300 and name == "é" * 115
 
 
 @pytest.mark.skipif(not HAS_AV, reason="needs av")

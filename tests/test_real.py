@@ -1,6 +1,7 @@
 """The real parts on small files of the true format: Cosmos-Tokenizer's TorchScript, Qwen2 in a transformers folder."""
 import os
 import re
+import shutil
 import signal
 import sys
 from typing import Final
@@ -12,13 +13,14 @@ from test_cli import call
 from test_train import run_train
 from torch import nn
 
+import tokenizer
 import train
 from data import world
 from data.files import Bad
 from data.latents import write_latents
 from data.video import Folder, to_float, write_video
 from data.world import World
-from tokenizer import Cosmos, Pretrained, check_tokens, open_tokenizer
+from tokenizer import Cosmos, Pretrained, check_tokens, open_text, open_tokenizer
 
 
 class Encoder(nn.Module):
@@ -181,6 +183,26 @@ def test_training_and_sampling_on_cosmos(folder, monkeypatch, capsys):
         (folder / "cosmos/decoder.jit").touch()
 
 
+def test_a_cosmos_is_known_by_its_encoder_and_its_decoder_must_fit(folder):
+    one, two = (make_cosmos(folder / name, seed=seed) for name, seed in (("one", 0), ("two", 1)))
+    first, second = Cosmos(one).crc, Cosmos(two).crc
+    shutil.copy(one / "decoder.jit", two / "decoder.jit")
+    assert Cosmos(two).crc == second != first
+    shutil.copy(make_cosmos(folder / "large", (8, 16, 16)) / "decoder.jit", one / "decoder.jit")
+    with pytest.raises(Bad, match="another size"):
+        Cosmos(one)
+
+
+def test_latents_of_cosmos_tell_how_to_train_on_them(folder, monkeypatch, capsys):
+    make_cosmos(folder / "cosmos")
+    write_video(folder / "clips/0.gif", world.clip(0, 9, 16, 16)[0], 12)
+    args = ["--encode", "clips", "--out", "latents", "--tokenizer", "cosmos", "--size", "16x16", "--frames", 9]
+    code, out, err = call(monkeypatch, capsys, *args, module=tokenizer)
+    assert code == 0, err
+    hint = re.search(r"python train.py (.*) trains on these latents", out)[1].split()
+    assert run_train(monkeypatch, *hint, "--frames", 5, "--steps", 1, "--batch", 2, "--dtype", "float32") == 0
+
+
 def make_qwen(folder):
     transformers = pytest.importorskip("transformers", reason="pip install transformers to test --text")
     from tokenizers.pre_tokenizers import ByteLevel
@@ -209,6 +231,8 @@ def test_qwen_states_are_padded_masked_and_kept(folder):
     assert text.states_of.cache_info().misses == encoded  # each caption is encoded once
     assert not list(text.parameters()) and not text.state_dict()
     assert text(["x" * 1000])[0].shape == (1, text.longest, 32)
+    states = open_text("qwen", 0, "cpu", torch.bfloat16)(captions)[0]
+    assert torch.equal(states, states.bfloat16().float()) and not torch.equal(states, text(captions)[0])
 
 
 def test_a_name_is_looked_up_once(folder, monkeypatch):

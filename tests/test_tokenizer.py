@@ -275,6 +275,30 @@ def test_training_by_hand(folder, monkeypatch, capsys):
     assert groups["AdamW"]["betas"] == (0.9, 0.95) and groups["AdamW"]["weight_decay"] == 0.01
 
 
+def test_all_of_a_new_tokenizer_is_trained(folder, monkeypatch, capsys):
+    """Encoder and decoder, from the weights of the seed."""
+    args = [*ARGS, "--frames", 5, "--steps", 3, "--lr", 0.1]
+    assert call(monkeypatch, capsys, *args, module=tokenizer_script)[0] == 0
+    torch.manual_seed(0)
+    before = Tokenizer((4, 8, 8), width=16).pack()["state"]
+    after = load(folder / "out/tokenizer-4x8x8.pt", "tokenizer")["state"]
+    assert [name for name, w in before.items() if w.dim() == 2 and torch.equal(w, after[name])] == []
+    assert not torch.equal(before["encoder.0.bias"], after["encoder.0.bias"])
+
+
+def test_the_score_of_a_tokenizer_is_of_whole_held_out_clips(folder, monkeypatch, capsys):
+    scored = []
+    monkeypatch.setattr(tokenizer_script, "psnr", lambda *args: scored.append(args) or psnr(*args))
+    code, out, err = call(monkeypatch, capsys, *ARGS, "--frames", 13, "--steps", 1, module=tokenizer_script)
+    assert code == 0, err
+    (video, truth), = scored
+    assert torch.equal(truth, to_float(World().held_out(32, 13, (16, 16))[0]))
+    again = open_tokenizer(folder / "out/tokenizer-4x8x8.pt")
+    with torch.no_grad():
+        assert torch.allclose(video, again.decode(again.encode(truth)), atol=0.05)
+    assert f"PSNR of 32 clips {psnr(video, truth).mean():.2f} dB" in out + err
+
+
 def test_a_new_tokenizer_is_as_large_as_the_one_that_ships(folder, monkeypatch, capsys):
     def told(stride, width):
         raise Bad(f"{stride}, {width}")
@@ -307,13 +331,29 @@ def test_a_clip_is_a_function_of_its_seed():
 def test_one_in_ten_combinations_is_held_out_and_never_trained_on():
     kinds = [(s, c, m) for s in world.SHAPES for c in world.COLOURS for m in world.MOTIONS]
     assert sum(world.Sprite(*kind, 0, 0, 0).held_out() for kind in kinds) == len(kinds) / 10
-    assert world.Sprite("circle", "red", "moves left slowly", 0, 0, 0).held_out()  # as for the checkpoints that ship
+    for kind in (("circle", "red", "moves left slowly"), ("square", "orange", "moves left slowly"),
+                 ("circle", "orange", "moves right quickly"), ("square", "red", "moves down quickly")):
+        assert world.Sprite(*kind, 0, 0, 0).held_out(), kind  # as for the checkpoints that ship
     for held_out in (True, False):
         scenes = [world.scene(i, held_out=held_out) for i in range(300)]
         assert all(s.held_out() == held_out for scene in scenes for s in scene.sprites)
         words = " ".join(s.caption() for s in scenes)
         assert all(m in words for m in (*world.SHAPES, *world.COLOURS, *world.MOTIONS))
     assert World().held_out(9, 1, (64, 64))[1] == [world.scene(i, held_out=True).caption() for i in range(9)]
+
+
+def test_training_draws_the_scenes_of_its_seeds_and_none_that_is_held_out():
+    """As `get_batch` of train.py asks for them: of any size, with changes of motion."""
+    clips, captions = World().batch(range(20), 5, (64, 96), length=13, change_until=8)
+    xs = []
+    for seed, (video, caption) in enumerate(zip(clips.numpy(), captions)):
+        scene = world.scene(seed, 64, 96)
+        assert not any(s.held_out() for s in scene.sprites)
+        xs += [s.x for s in scene.sprites]
+        if seed % 5 == 0:
+            scene = world.with_changes(scene, seed, 8)
+        assert caption == scene.caption() and np.array_equal(video, world.render(scene, 5, 64, 96))
+    assert max(xs) > 1.1  # in short sides: the whole width
 
 
 @pytest.mark.parametrize("motion", world.MOTIONS)
@@ -356,6 +396,8 @@ def test_a_sprite_that_changes_its_motion():
     spins = replace(plain, motion="spins", then=(4, "grows"))
     *_, r, angle = world.path(spins, 9, 64, 64)
     assert np.allclose(angle[4:], angle[4]) and angle[4] > 0 and r[8] > r[4] == plain.r
+    grown = replace(plain, motion="grows", then=(8, "moves up slowly"))
+    assert np.allclose(world.path(grown, 20, 64, 64)[2][8:], 0.15 * 1.2)
     for seed in range(10):
         (a, before), (b, after) = world.clip(seed, 13), world.clip(seed, 13, change_until=8)
         assert (before != after) == (seed % 5 == 0) == (not np.array_equal(a, b)) and np.array_equal(a[:2], b[:2])
@@ -374,6 +416,8 @@ def test_a_seed_gives_the_same_tokenizer(folder, monkeypatch, capsys):
         assert call(monkeypatch, capsys, *args, "--out", out, module=tokenizer_script)[0] == 0
     first, second = (torch.load(f"{out}/tokenizer-4x8x8.pt", weights_only=True)["crc"] for out in "ab")
     assert first == second
+    assert call(monkeypatch, capsys, *args, "--seed", 1, "--out", "c", module=tokenizer_script)[0] == 0
+    assert torch.load("c/tokenizer-4x8x8.pt", weights_only=True)["crc"] != first
 
 
 @pytest.mark.parametrize("size, x, y", [((64, 128), 1.7, 0.5), ((128, 64), 0.5, 1.7)])
@@ -394,6 +438,17 @@ def test_a_spinning_sprite_is_drawn_whole(shape):
     for f, angle in enumerate(world.SPIN * np.arange(15)):
         u, v = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
         inside = world.distance(shape, u, v) * 0.19 * 128 < 0.4
+        assert (abs(video[f] - ground[f]).max(-1)[inside] > 0).all(), f
+
+
+@pytest.mark.parametrize("motion", ["grows", "shrinks"])
+def test_a_sprite_that_changes_its_size_is_drawn_whole(motion):
+    sprite = world.Sprite("cat", "red", motion, 0.5, 0.5, 0.16)
+    video, ground = (world.render(world.Scene(s, "blue", 0.0), 49, 128, 128).astype(int) for s in ([sprite], []))
+    radii = world.path(sprite, 49, 128, 128)[2]
+    for f in (0, 24, 48):
+        v, u = ((np.mgrid[:128, :128] + 0.5) / 128 - 0.5) / radii[f]
+        inside = world.distance("cat", u, v) * radii[f] * 128 < 0.4  # pixels from its edge
         assert (abs(video[f] - ground[f]).max(-1)[inside] > 0).all(), f
 
 
@@ -458,6 +513,8 @@ def test_pictures_by_hand():
     x, colour = np.arange(64)[:, None], np.array(world.COLOURS["blue"])
     row = world.render(world.Scene([], "blue", 0.0), 1, 64, 64)[0, 7]  # lighter from left to right
     assert abs(row - (colour + (255 - colour) * (0.35 + 0.4 * x / 64))).max() <= 0.51
+    wide = world.render(world.Scene([], "blue", 0.0), 1, 64, 128)[0, 7, ::2]
+    assert abs(wide - (colour + (255 - colour) * (0.35 + 0.4 * x / 64))).max() <= 0.51
     column = world.render(world.Scene([], "blue", np.pi / 2), 1, 128, 64)[0, ::2, 7]  # and from top to bottom
     assert abs(column - (colour + (255 - colour) * (0.35 + 0.4 * x / 64))).max() <= 0.51
 
