@@ -299,6 +299,22 @@ def test_the_score_of_a_tokenizer_is_of_whole_held_out_clips(folder, monkeypatch
     assert f"PSNR of 32 clips {psnr(video, truth).mean():.2f} dB" in out + err
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tokenizer_computes_in_the_dtype_that_is_asked_for(folder, monkeypatch, capsys, dtype):
+    """What comes out is float32 all the same."""
+    seen, decode = [], Tokenizer.decode
+
+    def watched(self, tokens):
+        video = decode(self, tokens)
+        seen.append(((torch.ones(2, 2) @ torch.ones(2, 2)).dtype, tokens.dtype, video.dtype))
+        return video
+
+    monkeypatch.setattr(Tokenizer, "decode", watched)
+    args = [*ARGS, "--frames", 5, "--steps", 1, "--dtype", dtype]
+    assert call(monkeypatch, capsys, *args, module=tokenizer_script)[0] == 0
+    assert seen[0] == (getattr(torch, dtype), torch.float32, torch.float32)
+
+
 def test_a_new_tokenizer_is_as_large_as_the_one_that_ships(folder, monkeypatch, capsys):
     def told(stride, width):
         raise Bad(f"{stride}, {width}")
