@@ -312,8 +312,8 @@ def options_parser():
     parser = Parser(description="Train the video tokenizer, or encode clips with one")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--data", type=Path, help="folder of clips to train on (the drawn world)")
-    source.add_argument("--encode", type=Path, help="write the latents of the clips in this folder to "
-                                               "--out, computed in float32 (off)")
+    source.add_argument("--encode", type=Path, help="write the latents of the clips in this folder to --out, whatever "
+                                                    "--dtype is (off)")
     add = parser.add_argument
     add("--tokenizer", type=Path, help="with --encode: a file of ours, or the folder of a Cosmos-Tokenizer (the one "
                                        "that ships); else: a file of ours, whose decoder alone is trained (a new one)")

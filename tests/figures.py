@@ -3,7 +3,8 @@
     python tests/figures.py                 all of them
     python tests/figures.py mask heads      some of them
 
-Each is drawn from the code itself: what a function returns, what a model's outputs depend on, how long its steps take.
+Each is drawn from the code itself: what a function returns, what a model's outputs depend on, how long its steps take;
+but `training` is drawn from the logs in data/videomar.csv.
 """
 import csv
 import math

@@ -79,7 +79,7 @@ WRONG = [
      "(torch.randint(end - begin, (batch, 1)) + torch.arange(count)) % (end - begin)", "always lie side by side"),
     (4, "return nn.init.trunc_normal_(torch.empty(1), mean, std, low, high).item()",
      "r = torch.normal(mean, std, (1,)).item()\n"
-     "    return r if low <= r <= high else low + (high - low) * torch.rand(1).item()", "are below 0.80"),
+     "    return r if low <= r <= high else low + (high - low) * torch.rand(1).item()", "draws are below 0."),
     (4, "places = begin + torch.rand(batch, end - begin, device=device).argsort(1)[:, :count]",
      "places = torch.stack([begin + torch.randperm(end - begin)[:math.ceil((end - begin) * "
      "draw_mask_ratio(self.config.mask_ratio))] for _ in range(batch)])", "one ratio is for all clips"),

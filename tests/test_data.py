@@ -96,16 +96,6 @@ def test_pictures_are_made_smaller_by_their_means(folder):
     assert abs(small[:, 2:-2, 2:-2] - 127).max() < 20
 
 
-def test_the_rate_reaches_the_training_of_a_tokenizer_and_is_refused_for_latents(folder, monkeypatch, capsys):
-    fill(folder / "clips", 1)  # 9 frames at 10 a second are 4 at 5
-    encode(folder / "clips", folder / "latents", tiny_tokenizer(), 5, SIZE)
-    with pytest.raises(Bad, match="--fps 5"):
-        open_source(folder / "latents", 5)
-    args = ["--data", "clips", "--fps", 5, "--frames", 9, "--size", "16x16", "--steps", 1, "--batch", 2, "--width", 16]
-    code, _, err = call(monkeypatch, capsys, *args, module=tokenizer)
-    assert code == 2 and "none of its 1 clips can be used" in err, err
-
-
 def test_captions_as_editors_write_them(folder):
     """UTF-8 with a byte order mark, none at all, a file that is not text."""
     fill(folder / "clips", 2)
@@ -139,7 +129,7 @@ def test_frame_rate_and_crop(folder):
     assert np.array_equal(read_clip(folder / "e.webp", (30, 20), 9), changing)  # the one alone tells the rate
     assert np.array_equal(read_clip(folder / "e.webp", (30, 20), 4, place=1.0), changing[5:])
     long = np.repeat(video[:3], [8, 1, 1], 0)
-    write_video(folder / "h.gif", long, 30)  # a GIF counts in 1/100 s: 30 pictures a second are rounded before joining
+    write_video(folder / "h.gif", long, 30)  # a GIF counts in 1/100 s: durations are cut to that before joining
     assert np.array_equal(read_clip(folder / "h.gif", (30, 20), 10), long)
     first, *others = [Image.fromarray(frame) for frame in video]
     first.save("f.webp", save_all=True, append_images=others, duration=[100] * 19 + [10], lossless=True)
@@ -385,6 +375,8 @@ def test_a_tokenizer_is_trained_on_clips_and_the_model_on_the_same(folder, monke
     code, out, err = call(monkeypatch, capsys, *args, module=tokenizer)
     assert code == 0, err
     assert "python train.py --tokenizer out/tokenizer-4x8x8.pt --data clips --fps 12.0 trains on it" in out
+    code, _, err = call(monkeypatch, capsys, *args, "--fps", 5, "--frames", 9, module=tokenizer)  # at 5 there are 4
+    assert code == 2 and "none of its 4 clips can be used" in err, err
 
 
 def test_encode_takes_the_tokenizer_that_is_named_and_goes_on_with_it(folder, monkeypatch, capsys, tiny_files):
@@ -499,6 +491,8 @@ def test_what_latents_and_folders_know_of_the_rate(folder):
     with pytest.raises(Bad, match="other clips, settings"):
         write_latents(Folder(folder / "a", 10), folder / "latents-a", tiny_tokenizer(), 5, SIZE, "cpu")
     assert open_source(folder / "a", 5).fps == 5
+    with pytest.raises(Bad, match="--fps 5"):
+        open_source(folder / "latents-a", 5)
     assert Folder(folder / "a", 5).read(1, 9, SIZE, 0.0) is None  # 9 frames at 10 a second are 4 at 5
     os.rename("a/clip0.gif", "a/CLIP0.GIF")
     assert len(Folder(folder / "a").clips) == 2

@@ -275,16 +275,17 @@ def test_a_list_of_prompts(folder, prompts, monkeypatch):
 
 @pytest.mark.skipif(not HAS_AV, reason="needs av")
 def test_every_clip_has_its_own_prompt_and_the_rate(folder, prompts, monkeypatch):
+    import av
     seen = []
 
     def generate(model, given, captions, frames, sampling, use_cache):
         seen.append((captions, use_cache))
-        return torch.zeros(len(given), frames, 2, 3, 16)
+        return given.new_zeros(len(given), frames, 2, 3, 16)
 
     monkeypatch.setattr(evaluate, "generate", generate)
     code, _, err = prompts("a.png,one\ncat.png,two\n", "--out", "clips", "--no-cache", "--fps", 5)
     assert code == 0 and seen == [(5 * ["one"] + 3 * ["two"], False), (2 * ["two"], False)], err
-    with __import__("av").open("clips/one-0.mp4") as file:
+    with av.open("clips/one-0.mp4") as file:
         assert file.streams.video[0].average_rate == 5
 
 

@@ -274,20 +274,13 @@ def test_attention_masks_on_other_devices_too():
         assert torch.allclose(there.as_subclass(torch.Tensor), videomar.attend(q, k, v, seen), atol=1e-5)
 
 
+# ----------------------------------------------------------------------------------------------------- the loss
 @torch.no_grad()
 def test_a_step_makes_its_tensors_where_the_model_is():
     """"meta" stands for a GPU: tensors of two devices do not meet."""
     assert tiny_model().to("meta")(clip().to("meta"), CAPTIONS, 1).is_meta
 
 
-def test_sampling_has_the_timesteps_of_the_configuration():
-    model, seen = tiny_model(timesteps=50), []
-    model.diffusion_mlp.register_forward_pre_hook(lambda module, args: seen.append(args[1].item()))
-    sampled(model, clip(1), 2)
-    assert max(seen) == 49
-
-
-# ----------------------------------------------------------------------------------------------------- the loss
 @pytest.mark.parametrize("t", [1, 2, 3])
 def test_cut_sequence_gives_the_same_loss_and_gradients(monkeypatch, t):
     model, x = tiny_model(), clip()
@@ -483,8 +476,12 @@ def test_the_lowest_variance_of_the_last_step_is_that_of_the_step_before():
     assert first == second
 
 
-def test_training_has_the_timesteps_of_its_configuration():
-    assert tiny_model(timesteps=50).diffusion.timesteps.tolist() == list(range(50))
+def test_training_and_sampling_have_the_timesteps_of_the_configuration():
+    model, seen = tiny_model(timesteps=50), []
+    assert model.diffusion.timesteps.tolist() == list(range(50))
+    model.diffusion_mlp.register_forward_pre_hook(lambda module, args: seen.append(args[1].item()))
+    sampled(model, clip(1), 2)
+    assert max(seen) == 49
 
 
 @pytest.mark.parametrize("steps", [1000, 100, 25, 2])
