@@ -643,8 +643,8 @@ def test_no_line_is_above_120_columns():
 
 
 # ---------------------------------------------------------------------------------------------- what ships works
-@pytest.mark.parametrize("name, most, clips, closed, least", [("videomar.pt", 16e6, 16, 0.81, 34),
-                                                              ("videomar-128.pt", 22e6, 8, 0.6, 29)])
+@pytest.mark.parametrize("name, most, clips, closed, least", [("videomar.pt", 16e6, 16, 0.83, 34.2),
+                                                              ("videomar-128.pt", 22e6, 8, 0.76, 31.4)])
 def test_the_shipped_checkpoints_beat_repeating_the_first_frame(folder, name, most, clips, closed, least):
     """Their files are small and alone enough; the README has the scores on more clips."""
     assert os.path.getsize(DATA / name) <= most
