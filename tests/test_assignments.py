@@ -22,7 +22,7 @@ WRONG = [
     (1, "(len(counts) + 1) / steps", "len(counts) / steps", "after step 0 63 tokens stay masked"),
     (1, "10.0 ** -(j + 1)", "10.0 ** -(j + 2)", "progressive_temperature(0) is 0.91"),
     (1, "0.9 + 10.0 ** -(j + 1)", "1 - 0.1 * (j > 0)", "progressive_temperature(1) is 0.9"),
-    (1, "while left:", "for _ in range(steps - 1):", "the counts sum to 48"),
+    (1, "while left:", "for _ in range(steps - 1):", "the counts sum to 45"),
     (1, "cosine = math.floor(n * math.cos(math.pi / 2 * (len(counts) + 1) / steps))",
      "cosine = n * math.cos(math.pi / 2 * (len(counts) + 1) / steps) // 1", "a list of whole numbers"),
 
@@ -37,6 +37,15 @@ WRONG = [
     (2, "return keys[:, :, :end], values[:, :, :end]", "return values[:, :, :end], keys[:, :, :end]",
      "keys of the first frame: at"),
     (2, "keys[:, :, self.length:end] = k\n", "keys[:, :, :k.shape[2]] = k\n", "keys of the second frame"),
+    (1, "counts, left = [], n\n",
+     "if steps >= n:\n        return [1] * n\n"
+     "    stays = [max(0, math.floor(n * math.cos(math.pi / 2 * (u + 1) / steps))) for u in range(steps)]\n"
+     "    return [a - b for a, b in zip([n, *stays], stays)]\n    counts, left = [], n\n", "a step reveals 0 tokens"),
+    (2, "return keys[:, :, :end], values[:, :, :end]",
+     "found = keys[:, :, :end].clone(), values[:, :, :end].clone()\n"
+     "        keys[:, :, self.length:end] = values[:, :, self.length:end] = self.length\n"
+     "        return found if self.length else (keys[:, :, :end].copy_(k), values[:, :, :end].copy_(v))",
+     "both frames in the buffer"),
     (2, "keys, values = self.buffer[layer]", "keys, values = self.buffer[0, layer], self.buffer[1, layer]",
      "values of the first frame in the buffer, at index 1"),
     (2, "return keys[:, :, :end], values[:, :, :end]",
@@ -83,6 +92,10 @@ WRONG = [
     (4, "places = begin + torch.rand(batch, end - begin, device=device).argsort(1)[:, :count]",
      "places = torch.stack([begin + torch.randperm(end - begin)[:math.ceil((end - begin) * "
      "draw_mask_ratio(self.config.mask_ratio))] for _ in range(batch)])", "one ratio is for all clips"),
+    (4, 'if self.config.loss == "next-frame" else (0, frames * n)', "if self.config.cuts else (0, frames * n)",
+     "30 of 10 tokens carry loss"),
+    (4, "math.ceil((end - begin) * draw_mask_ratio(self.config.mask_ratio))",
+     "int((end - begin) * draw_mask_ratio(self.config.mask_ratio)) + 1", "with r = 0.5 6 of 10"),
     (4, 'if self.config.loss == "next-frame" else (0, frames * n)', "", "total-mask"),
 
     (5, "scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)", "scores = q @ k.transpose(-1, -2)",
@@ -100,6 +113,7 @@ WRONG = [
     (6, "frequencies = top * base ** (-torch.arange(0, d, 2, device=place.device) / d)",
      "frequencies = top * torch.ones(d // 2)", "angles of a step along t"),
     (6, "frequencies = top * base", "frequencies = base", "the fastest pair"),
+    (6, "2 * (dim * 3 // 16)", "2 * round(dim * 3 / 16)", "dim 40: a step along t"),
     (6, "place[:, None] * frequencies)\n    return torch.cat(angles, -1)",
      "place[:, None] * frequencies)\n    return torch.cat(angles[::-1], -1)", "a step along t rotates the pairs"),
     (6, "return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)",
@@ -138,6 +152,9 @@ WRONG = [
     (8, "for i in reversed(range(self.steps)):\n", "for i in range(self.steps):\n", "they must be [999"),
     (8, "if guidance is not None:", "if guidance:", "with guidance 0, which is the null's branch"),
     (8, "self.timesteps[i, None], z).float()", "self.timesteps[i, None], z)", "computed in float32"),
+    (8, "self.timesteps[i, None], z).float()\n            eps, v = out[:len(x)].chunk(2, -1)",
+     "self.timesteps[i, None], z)\n            eps, v = out[:len(x)].chunk(2, -1)\n"
+     "            out, eps = out.float(), eps.float()", "of a net in bfloat16"),
     (8, "self.timesteps[i, None], z)", "self.timesteps[i], z)", "the shape (1,)"),
     (8, "self.timesteps[i, None], z)", "torch.tensor([i]), z)", "the timesteps [7, 6"),
 
@@ -151,6 +168,7 @@ WRONG = [
     (9, "+ variational).mean(-1)", "+ variational).mean()", "a number for each token"),
     (9, "eps, v = net(x, self.timesteps[i], z)", "eps, v = net(x, i, z)", "not the step i"),
     (9, "eps, v = net(x, self.timesteps[i], z)", "eps, v = net(x, self.timesteps[i], z.detach())", "z has a gradient"),
+    (9, "self.timesteps[i], z).float()", "self.timesteps[i], z)", "computed in float32"),
     (9, "(weight * (eps - noise) ** 2 + variational)", "(weight * (eps - noise) ** 2)",
      "the variational term is missing"),
     (9, "torch.full_like(v, -1))  # its", "v)  # its", "the divergence of the variances"),
@@ -176,6 +194,8 @@ WRONG = [
      "no token that carries loss"),
     (10, "torch.rand(batch, device=x.device) < config", "torch.rand(1, device=x.device).expand(batch) < config",
      "or none"),
+    (10, "torch.rand(batch, device=x.device) < config.text_drop", "torch.randperm(batch) < config.text_drop * batch",
+     "draw for each by itself"),
     (10, "torch.rand(batch, device=x.device) < config", "torch.rand(batch, device=x.device) > config",
      "text_drop = 0"),
 ]
@@ -183,6 +203,10 @@ WRONG = [
 RIGHT = [
     (1, "cosine = math.floor(n * math.cos(math.pi / 2 * (len(counts) + 1) / steps))",
      "cosine = int(n * math.sin(math.pi / 2 * (1 - (len(counts) + 1) / steps)))"),
+    (1, "counts, left = [], n\n",
+     "stays = (n * torch.linspace(0, math.pi / 2, steps + 1, dtype=torch.float64)[1:].cos()).floor().tolist()\n"
+     "    counts, left = [], n\n    while left:\n        stay = max(0, min(int(stays[len(counts)]), left - 1))\n"
+     "        counts.append(left - stay)\n        left = stay\n    return counts\n"),
     (2, "return keys[:, :, :end], values[:, :, :end]", "return keys[:, :, :end].clone(), values[:, :, :end].clone()"),
     (3, "return a * x0 + s * noise",
      "return torch.stack([a * x + s * y for x, y, a, s in zip(x0, noise, a.expand(len(x0), 1), "
@@ -206,6 +230,7 @@ RIGHT = [
     (8, "x = mean if i == 0 else mean + temperature * (0.5 * logvar).exp() * torch.randn_like(x)",
      "x = mean + (i > 0) * temperature * logvar.exp().sqrt() * torch.randn(x.shape)"),
     (8, "x = mean if i == 0 else", "x[:] = mean if i == 0 else"),
+    (8, "self.timesteps[i, None], z).float()", "timestep=self.timesteps[i, None], z=z).float()"),
     (9,
      "kl = 0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp() + (true_mean - mean) ** "
      "2 * (-logvar).exp())",
