@@ -205,7 +205,7 @@ def check_masking(theirs):
                f"t = {t}: {int(by_frame[0, t])} tokens of frame t are masked; it must be 8")
         expect(masked.gather(1, places).all(), "a token that carries loss is not masked")
         expect(len(asked) == 1, f"`draw_mask_ratio` is called {len(asked)} times; one ratio is for all clips")
-        expect(asked == [model.config.mask_ratio], f"`draw_mask_ratio` gets {asked[0]}; it must be the config's")
+        expect(asked == [(0.8, 0.1, 0.6, 0.9)], f"`draw_mask_ratio` gets {asked[0]}; it must be the config's")
         sets = masked[:, t * n:(t + 1) * n]
         together = (sets != sets.roll(1, 1)).sum(1) == 2
         expect(not together.all(), "the masked tokens always lie side by side; each set must be random")

@@ -704,7 +704,8 @@ def test_a_resolution_stage_starts_from_the_low_one(folder, monkeypatch, tiny_fi
     assert all(v.dtype == torch.float16 for v in small["ema"].values())
     done = script("sample.py", "--img", "cat.png", "--ckpt", "high/videomar.pt", "--steps", 2, "--diffusion-steps", 3)
     assert done.returncode == 0, done.stderr
-    assert "17 frames 32x48" in done.stdout and Image.open("out/cat-strip.png").size == (3 * 384, 256)
+    assert "17 frames 32x48" in done.stdout and (folder / "out/cat.gif").exists()
+    assert Image.open("out/cat-strip.png").size == (3 * 384, 256)
 
 
 def test_init_brings_its_tokenizer_size_and_sizes(folder, monkeypatch, tiny_files):
