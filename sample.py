@@ -187,7 +187,7 @@ def options_parser():
     given = parser.add_mutually_exclusive_group()
     source.add_argument("--img", type=Path, help="the first frame; a bare name is also looked up in data/ (none)")
     source.add_argument("--video", type=Path, help="continue this clip: .gif, .webp, .png or .mp4 (none)")
-    given.add_argument("--box", type=y0_x0_y1_x1, help="pixels such as 0,0,32,64: make these of --video anew (none)")
+    given.add_argument("--box", type=y0_x0_y1_x1, help="make these pixels of --size anew, such as 0,0,32,64 (none)")
     given.add_argument("--context", type=number(int, 1), help="latent frames of --video that are given (2)")
     add = parser.add_argument
     add("--prompt", help="what happens (the text in NAME.txt beside the picture)")

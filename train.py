@@ -54,11 +54,12 @@ def options_parser():
     add("--tokenizer", type=Path, help="file that holds one of ours, or folder of a Cosmos-Tokenizer (that of "
                                        "latents or of --init, else the one that ships)")
     add("--text", help="folder or name of a text encoder for transformers, such as Qwen/Qwen2-1.5B (learned words)")
-    start.add_argument("--init", type=Path, help="start from the weights of this checkpoint (from nothing)")
+    start.add_argument("--init", type=Path, help="start from the averaged weights of this checkpoint (from nothing)")
     start.add_argument("--resume", action="store_true", help="go on exactly where the run in --out stopped (off)")
-    add("--out", type=Path, default=Path("out"), help="folder of the checkpoints, log.csv and the film strips (out)")
+    add("--out", type=Path, default=Path("out"), help="folder to write; of a run before, ckpt.pt and log.csv "
+                                                       "stay there as ckpt-before.pt and log-before.csv (out)")
     add("--batch", type=number(int, 1), help="clips a step, over all ranks (by the preset: 16, 64)")
-    add("--parts", type=number(int, 1, 2**10), help="parts that a batch is computed in, over all ranks (one a rank)")
+    add("--parts", type=number(int, 1, 2**10), help="parts of a batch, computed in turn, as many on each rank (one)")
     add("--optimiser", choices=("adamw", "muon"), help="muon: AdamW, but Muon for the inner matrices (by the preset)")
     add("--lr", type=number(float, 1e-9, 1), help="of AdamW; Muon's is 3 times it (by the preset: 8e-4, 1e-4)")
     add("--noise", type=number(float, 0, 10), help="std of noise on the tokens (toy on the drawn world 0.15, else 0)")
