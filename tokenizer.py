@@ -326,7 +326,8 @@ def options_parser():
     add("--lr", type=number(float, 1e-9, 1), default=1e-2, help="learning rate of Muon; AdamW's is 0.4 of it (0.01)")
     add("--batch", type=number(int, 1), default=16, help="clips a step (16)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the weights and the noise (0)")
-    add("--out", type=Path, default=Path("out"), help="folder for tokenizer-STRIDE.pt, or for the latents (out)")
+    add("--out", type=Path, default=Path("out"), help="folder for the latents, or for tokenizer-STRIDE.pt; of a run "
+                                                       "before it stays there as tokenizer-STRIDE-before.pt (out)")
     parser.add_hardware()
     return parser
 
@@ -379,6 +380,8 @@ def main():
     path = a.out / f"tokenizer-{'x'.join(map(str, stride))}.pt"
     held_out = to_float(source.held_out(32, a.frames, a.size)[0].to(device))
     short = min(a.frames, 1 + 2 * stride[0])
+    if path.exists():  # of a run before
+        path.replace(path.with_stem(f"{path.stem}-before"))
     bar = tqdm(range(a.steps), mininterval=1)
     for step in bar:
         rate = min(1, (step + 1) / 100) * (1 - step / a.steps)  # warm-up, then down a line
