@@ -199,7 +199,8 @@ def test_every_head_starts_by_looking_at_one_place():
     biases = block.qkv.bias[:384].view(2, 6, 1, 32)
     q, k = (rotate(bias, angles.cos(), angles.sin()) for bias in biases)  # (head, token, 32)
     middle = 25 + 12
-    largest = (q[:, middle, None] @ k.transpose(1, 2))[:, 0].argmax(-1)
+    scores, largest = (q[:, middle, None] @ k.transpose(1, 2))[:, 0].max(-1)
+    assert torch.allclose(scores, torch.tensor(32 * 1.5**2))  # there, key and query are the same
     places = {tuple((positions[middle] - positions[i]).tolist()) for i in largest}
     assert len(places) > 1 and all(t in (0, 1) and abs(y) < 2 and abs(x) < 2 for t, y, x in places)
 
