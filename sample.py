@@ -39,7 +39,7 @@ def frame_sampling(sampling, t, n_given):
 
 
 def guidance_at(sampling, share):
-    """Guidance in the step after which `share` of a frame's tokens are revealed: MAR raises it in a line from 1."""
+    """Guidance in the step after which `share` of a frame's tokens are revealed: MAR raises it linearly from 1."""
     return sampling.cfg if sampling.cfg_schedule == "constant" else 1 + (sampling.cfg - 1) * share
 
 
@@ -48,11 +48,11 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
              watch=None):
     """Continues given latents (batch, n_given, h, w, C) by captions -> (batch, frames, h, w, C), the given ones first.
 
-    n_given = 0 is text-to-video. then: {latent frame: captions from there on}; the keys of earlier frames stay in the
-    cache. keep (h, w), bool, is for editing: all frames are given, and tokens are made anew where it is False. All
-    draws come from torch's generator: the same seed gives the same clip, and leaving out the cache changes it by
-    rounding alone. watch(clip, masked, t, step, counts) is called after each unmasking step: masked (batch, frames, h,
-    w) is True where [MASK] stands; step counts from 1; counts: how many tokens each step of frame t reveals.
+    Frames are latent. n_given = 0 is text-to-video. then: {frame: captions from there on}; the keys of earlier frames
+    stay in the cache. keep (h, w), bool, is for editing: all frames are given, and tokens are made anew where it is
+    False. All draws come from torch's generator: the same seed gives the same clip, and leaving out the cache changes
+    it by rounding alone. watch(clip, masked, t, step, counts) is called after each unmasking step: masked (batch,
+    frames, h, w) is True where [MASK] stands; step counts from 1; counts: how many tokens each step reveals.
     """
     config, device = model.config, given.device
     batch, n_given, *grid, channels = given.shape
@@ -62,10 +62,10 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
         known, n_given = keep.flatten().repeat(frames), 0
     clip = torch.zeros(batch, frames, *grid, channels, device=device)
     clip[:, :given.shape[1]] = given
-    x = clip.flatten(1, 3)  # the same memory
+    x = clip.flatten(1, 3)  # (batch, frames * n, C), the same memory
     masked = (~known).repeat(batch, 1)
 
-    # Guidance doubles the batch: the branch with the captions, and behind it the branch with the null.
+    # Guidance, which a frame 0 made anew always has, doubles the batch: the captions, and behind them the nulls.
     branches = 1 if sampling.cfg == 1 and n_given else 2
     null = torch.arange(batch * branches, device=device) >= batch
     text = model.read_text(captions * branches, null)
@@ -92,14 +92,14 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
             now = frame_sampling(sampling, begin, n_given)
         else:  # all frames are drawn like the first one after a given one
             now = frame_sampling(sampling, 1, 1)
-        places = begin * n + (~known[begin * n:end * n]).nonzero()[:, 0]
-        order = places[torch.rand(batch, len(places), device=device).argsort(1)]  # random, for each clip (MAR)
+        places = begin * n + (~known[begin * n:end * n]).nonzero()[:, 0]  # (count,)
+        order = places[torch.rand(batch, len(places), device=device).argsort(1)]  # (batch, count), random (MAR)
         counts = unmask_counts(len(places), now.unmask_steps * (end - begin))
         first = begin if cache else 0  # earlier frames are in the cache
-        last = end if causal else frames  # full attention reads the later [MASK]s, too
+        stop = end if causal else frames  # full attention reads the later [MASK]s, too
         steps = tqdm(order.split(counts, 1), "steps", leave=False, disable=not progress)
         for step, chosen in enumerate(steps, 1):
-            z = hidden(first, last, chosen)
+            z = hidden(first, stop, chosen)
             guidance = guidance_at(now, sum(counts[:step]) / len(places)) if branches == 2 else None
             noise = torch.randn(chosen.numel(), channels, device=device)
             tokens = diffusion.sample(model.diffusion_mlp, noise, z, now.temperature, guidance, now.clamp)
@@ -263,19 +263,19 @@ def main():
     latent_frames = 1 + (frames - 1) // stride
     if a.box:  # editing: all frames are given, and all are made anew
         n_given = made = latent_frames
-        given_frames = frames
+        given_frames = frames  # pixel frames; n_given and made are latent frames
     else:
         n_given = (a.context or 2) if a.video else int(bool(a.img))
         made = latent_frames - n_given
         given_frames = pixel_frames(n_given, frames, stride)
-    source = find(a.img or a.video or Path("clip"))  # from text alone, the name of what is written
+    source = find(a.img or a.video or Path("clip"))  # from text alone: what is written is named clip
     prompt = a.prompt if a.prompt is not None else caption_of(source)
     beside = f" (beside {relpath(source)})" if prompt and a.prompt is None else ""
     print(f"prompt: {prompt[:200]!r}{beside}" if prompt else "prompt: none; --prompt TEXT tells what happens")
     out = a.out or Path(f"out/{source.stem}.gif")
     paths = [out if a.n == 1 else out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(a.n)]
     strip, watched = out.with_name(f"{out.stem}-strip.png"), out.with_name(f"{out.stem}-watch.gif")
-    written = [*paths, strip, *[watched] * a.watch]
+    written = [*paths, strip] + ([watched] if a.watch else [])
     for path in written:
         check_writable(path)
     if realpath(source) in map(realpath, written):
@@ -294,7 +294,7 @@ def main():
         latents = generate(model, given, [prompt] * a.n, latent_frames, sampling, use_cache=not a.no_cache, then=then,
                            keep=keep, progress=True,
                            watch=(lambda *step: watched_steps.append(draw_step(tokenizer, *step))) if a.watch else None)
-        clips = [enlarge(to_uint8(video)) for video in tokenizer.decode(latents)]  # on the CPU: a GPU is done by now
+        clips = [enlarge(to_uint8(video)) for video in tokenizer.decode(latents)]  # copying waits for the GPU
     seconds = time.time() - start
     for path, clip in zip(paths, clips):
         write_video(path, clip, a.fps)

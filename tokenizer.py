@@ -41,7 +41,7 @@ class Conv(nn.Linear):
 
 
 class ResidualBlock(nn.Module):
-    """It sees the 3x3 neighbours in space, and in time the previous latent frame, but never a later one."""
+    """It sees 3x3 neighbours in space; a quarter of its channels is of the latent frame before, none of a later one."""
 
     def __init__(self, width):
         super().__init__()
@@ -65,8 +65,8 @@ def make_encoder(stride, channels, width, blocks):
 def make_decoder(stride, channels, width, blocks):
     """Tokens (batch, T, h, w, C) -> cells of 2x2 pixels of s frames (batch, T, H / 2, W / 2, 12 * s), in stages.
 
-    Each stage doubles the grid of the one before and halves its width. A single linear map would mix a few fixed
-    patches for each token, and no such mixture is a sharp edge at any place and angle.
+    Each stage doubles the grid of the one before and halves its channels. A single linear map would mix a few fixed
+    patches for each token, which cannot give a sharp edge at every place and angle.
     """
     layers = [nn.Linear(channels, width), *[ResidualBlock(width) for _ in range(blocks)]]
     cell = stride[1]  # pixels from one grid point to the next
@@ -99,7 +99,7 @@ class Tokenizer(nn.Module):
     def encode(self, video):
         """video (batch, 3, 1 + s*k, H, W) in [-1, 1] -> tokens (batch, 1 + k, H / p, W / q, C), float32, unit variance.
 
-        The encoding of the first frames is the first part of the encoding of all. Raises Bad for a wrong size.
+        Causal: the first frames of a clip alone give the clip's first tokens. Raises Bad for a wrong size.
         """
         s, p, q = self.stride
         check_size(self.stride, *video.shape[2:])
@@ -162,7 +162,7 @@ class Cosmos:
             out = [net(clip) for clip in x.float().split(1)]
         return torch.cat([y if torch.is_tensor(y) else y[0] for y in out]).float()
 
-    def raw(self, video):
+    def raw(self, video):  # (batch, 3, 1 + s*k, H, W) -> (batch, 1 + k, h, w, C)
         return rearrange(self.through(self.encoder, video), "b c t h w -> b t h w c")
 
     def encode(self, video):
@@ -193,7 +193,7 @@ def open_tokenizer(named=None, packed=None, device="cpu", owner=None):
     if named and named.is_dir():
         tokenizer = Cosmos(named, device)
         if packed and packed["crc"] == tokenizer.crc:
-            tokenizer.keep(packed["mean"], packed["std"])  # as the weights know them
+            tokenizer.keep(packed["mean"], packed["std"])  # those that the model was trained with
         return tokenizer
     if named or packed is None:
         content = load(named or DATA / "videomar.pt", "tokenizer", "videomar", "latents")
@@ -393,10 +393,10 @@ def main():
         with autocast:
             with torch.set_grad_enabled(part is tokenizer):
                 tokens = tokenizer.encode(video)
-            std = 0.5 * torch.rand(a.batch, 1, 1, 1, 1, device=device)  # as wrong as the model's tokens may be
-            again = tokenizer.decode(tokens + std * torch.randn_like(tokens))
+            std = 0.5 * torch.rand(a.batch, 1, 1, 1, 1, device=device)  # about the error of the model's tokens
+            decoded = tokenizer.decode(tokens + std * torch.randn_like(tokens))
         # By the logarithm each clip counts alike, as in PSNR. Tokens beyond 3 cost: outliers are hard to model.
-        loss = (again - video).square().mean((1, 2, 3, 4)).log().mean() + F.relu(tokens.abs() - 3).square().mean()
+        loss = (decoded - video).square().mean((1, 2, 3, 4)).log().mean() + F.relu(tokens.abs() - 3).square().mean()
         loss.backward()
         nn.utils.clip_grad_norm_(vectors, 50.0)  # the size of Muon's steps does not depend on the gradients'
         for optimiser in (muon, adamw):

@@ -30,11 +30,11 @@ from sample import FORMAT, build_model, generate, load_checkpoint
 from tokenizer import check_size, check_tokens, open_text, open_tokenizer
 from videomar import PRESETS, Sampling, VideoMAR
 
-WARMUP = 100  # steps
-CLIP = 3.0  # highest norm of the gradients (MAR)
+WARMUP = 100  # steps (ours)
+GRAD_CLIP = 3.0  # highest norm of the gradients (MAR)
 EMA = 0.9999  # highest decay of the averaged weights (MAR), reached after 300,000 steps
 INNER = ("blocks.", "diffusion_mlp.modulate", "diffusion_mlp.mlps")  # modules whose matrices Muon takes
-MUON = 3  # times the learning rate of AdamW (measured)
+MUON_LR = 3  # times the learning rate of AdamW (measured)
 ABLATIONS = ("attention", "loss", "position")
 # Options that a checkpoint does not keep:
 OF_THIS_RUN = ("init", "resume", "out", "tokenizer", "device", "dtype", "compile", "recompute")
@@ -139,7 +139,7 @@ def get_lr(a, step):
 
 
 def make_schedule(a, stride):
-    """The stage of every step, and the latent frame t that carries its loss: the same on all ranks."""
+    """Each step's stage and frame t that carries loss (paper 4.1, 4.2), one for the batch (ours), on all ranks."""
     schedule, draws = [], random.Random(a.seed)
     for stage, (frames, steps) in enumerate(zip(a.frames, a.steps)):
         for _ in range(steps):
@@ -152,7 +152,7 @@ def get_batch(a, source, config, stride, schedule, step):
     """The parts of a step's batch that this rank computes -> [(number of the part, clips, captions)].
 
     A part is a function of the seed, the step and its number. Its clips end with latent frame t, unless the model reads
-    later ones. Motions change before t, so that frame t always moves as the caption tells.
+    later ones. A motion that changes does so before t: frame t moves as the caption tells.
     """
     stage, t = schedule[step]
     frames = 1 + t * stride if config.cuts else a.frames[stage]
@@ -213,8 +213,10 @@ def make_optimisers(model, name, lr):
     for key, p in model.named_parameters():
         if name == "muon" and p.dim() == 2 and key.startswith(INNER):
             inner.append(p)
+        elif p.dim() > 1:
+            matrices.append(p)
         else:
-            (matrices if p.dim() > 1 else vectors).append(p)
+            vectors.append(p)
     groups = [{"params": matrices, "weight_decay": 0.02}, {"params": vectors, "weight_decay": 0.0}]
     optimisers = [torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=True)]
     if inner:
@@ -279,8 +281,8 @@ def main():
     del checkpoint  # it may be large
     if world_size > 1:
         for tensor in (*model.parameters(), *ema.parameters()):
-            dist.broadcast(tensor.data, 0)  # CPUs of other kinds round the first weights differently
-        dist.barrier()  # all ranks have read their files, before one of them is renamed
+            dist.broadcast(tensor.data, 0)  # different CPUs round the initial weights differently
+        dist.barrier()  # all ranks have read their files before rank 0 renames any
     sampling = Sampling(**{**source.sampling, **PRESETS[a.preset]["sampling"]})
 
     # ------------------------------------------------------------------------------------------------------- loop
@@ -313,7 +315,7 @@ def main():
         stage, t = schedule[step]
         batch = next(batches)
         lr = get_lr(a, step)
-        for optimiser, factor in zip(optimisers, (1, MUON)):
+        for optimiser, factor in zip(optimisers, (1, MUON_LR)):
             for group in optimiser.param_groups:
                 group["lr"] = factor * lr
         loss = torch.zeros((), device=device)
@@ -334,12 +336,12 @@ def main():
             for tensor in (stops, loss, *(p.grad for p in model.parameters())):
                 dist.all_reduce(tensor)
             stop = stops.item()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
         for optimiser in optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         step += 1
-        with torch.no_grad():  # the average spans the last thirtieth of the steps so far, until EMA bounds it
+        with torch.no_grad():  # the average spans the last thirtieth of the steps so far (ours), until EMA bounds it
             decay = min(EMA, 1 - 30 / (step + 30))
             for average, weight in zip(ema.parameters(), model.parameters()):
                 average.lerp_(weight, 1 - decay)

@@ -1,11 +1,11 @@
 """VideoMAR: autoregressive video generation with continuous tokens (arXiv 2506.14168), the model in one file.
 
-A clip of 1 + s*k pixel frames is T = 1 + k latent frames of N = h*w tokens of C channels (tokenizer.py). Frame 0 is
-the given picture. Every later frame starts as N [MASK] tokens and is filled in a few unmasking steps; the transformer
-reads all earlier frames and the tokens filled so far, and a small diffusion MLP draws each token's value from its
-hidden state. Without a picture (ours), frame 0 is filled in the same way from the caption alone.
+A tokenizer of temporal stride s turns 1 + s*k pixel frames into T = 1 + k latent frames of N = h*w tokens of C
+channels. Frame 0 is the given picture. Every later frame starts as N [MASK] tokens and is filled in a few unmasking
+steps; the transformer reads all earlier frames and the tokens filled so far, and a small diffusion MLP draws each
+token's value from its hidden state. Without a picture (ours), frame 0 is filled in the same way from the text alone.
 
-In the order the data flows: configuration, positions, attention and its cache, block, diffusion, model and loss,
+This file has, in this order: configuration, positions, attention and its cache, block, diffusion, model and loss,
 the schedules of training and sampling. The sampler that runs all this frame by frame is in sample.py.
 
 "MAR" is Li et al. 2024 (arXiv 2406.11838), "I-DDPM" Nichol & Dhariwal 2021 (2102.09672); "ours" is in none of these.
@@ -33,12 +33,12 @@ class Config:
     text_dim: int = 1536  # width of the text encoder's states
     diffusion_layers: int = 3  # of the diffusion MLP, paper 5.1
     diffusion_dim: int = 1280
-    rope_top: float = 2.5  # the fastest rotation, radians a token (ours)
+    rope_top: float = 2.5  # the fastest rotation, radians per token (ours)
     rope_base: float = 100.0  # pair m of an axis of d channels rotates by rope_top * rope_base^(-2m/d) (ours)
     timesteps: int = 1000  # of the diffusion in training, paper 5.1
     noise_draws: int = 4  # for every masked token in a training step, MAR
     snr_clip: float = math.inf  # of the loss's weights, see Diffusion.loss
-    text_drop: float = 0.1  # share of captions replaced by the null, for classifier-free guidance, MAR
+    text_drop: float = 0.1  # share of captions replaced by a learned null, for guidance, MAR
     mask_ratio: tuple = (1.0, 0.25, 0.7, 1.0)  # truncated normal: mean, std, low, high (paper 5.1, MAR)
     # The ablations of paper Table 4 and Appendix A. The defaults are VideoMAR.
     attention: str = "causal"  # or "full"
@@ -58,8 +58,8 @@ class Sampling:
     A frame 0 that is not given is drawn in another way: see `frame_sampling`.
     """
 
-    unmask_steps: int = 64  # a latent frame (paper 5.1)
-    diffusion_steps: int = 100  # a token (paper 5.1)
+    unmask_steps: int = 64  # per latent frame (paper 5.1)
+    diffusion_steps: int = 100  # per token (paper 5.1)
     cfg: float = 3.0  # guidance on the noise, 1 is none (paper 5.1)
     cfg_schedule: str = "linear"  # rises from 1 with the share of tokens revealed (MAR), or "constant"
     temperature: str | float = "progressive"  # paper App. B, or one number for all frames
@@ -97,8 +97,8 @@ def rope_angles(positions, dim, base, top=1.0):
     """3D-RoPE (paper 4.3): positions (tokens, 3) -> the angles by which pairs of channels rotate (tokens, dim / 2).
 
     The fastest pair of an axis rotates by `top` radians a token. Each axis rotates pairs of its own: of 32 pairs the
-    first 8 rotate by t, the next 12 by y and the last 12 by x (ours). So the product of a rotated query and a rotated
-    key depends on their three offsets alone.
+    first 8 rotate by t, the next 12 by y and the last 12 by x (ours). So positions enter the product of a rotated query
+    and a rotated key by their three offsets alone.
     """
     space = 2 * (dim * 3 // 16)
     angles = []
@@ -109,14 +109,14 @@ def rope_angles(positions, dim, base, top=1.0):
 
 
 def rotate(x, cos, sin):
-    """Rotates channel pairs (i, i + dim/2) of x (batch, head, token, dim) by the angles of `rope_angles`."""
+    """Rotates channel pairs (i, i + d/2) of x (batch, head, token, d); cos, sin (token, d/2): of `rope_angles`."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
 def look_beside(config, strength=1.5):
-    """First biases of a block's queries and keys, by which every head looks at one place (ours) -> (2 * dim,).
+    """Initial biases of a block's queries and keys: with them every head looks at one place (ours) -> (2 * dim,).
 
     The place is drawn for each head: the query's own or one beside it, in its own latent frame or the one before. With
     k = R(offset) q, the biases' share of a score is largest for the key at the query's position minus `offset`. Motion
@@ -149,12 +149,12 @@ class Cache:
     """
 
     def __init__(self, config, batch, tokens, device=None, dtype=None):
-        shape = (config.layers, 2, batch, config.heads, tokens, config.dim // config.heads)
+        shape = (config.layers, 2, batch, config.heads, tokens, config.dim // config.heads)  # 2: keys, values
         self.buffer = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0  # tokens of finished frames
 
     def update(self, layer, k, v):
-        """Writes k, v (batch, head, new, d) behind the finished frames -> views of all keys and values, these last."""
+        """Writes k, v (batch, head, new, d) behind the finished frames -> all keys and values, the new ones last."""
         end = self.length + k.shape[2]
         keys, values = self.buffer[layer]  # (batch, head, token, d)
         keys[:, :, self.length:end] = k
@@ -163,7 +163,7 @@ class Cache:
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(d)) v. mask, broadcast to (batch, head, queries, keys), is True where a key may be seen."""
+    """softmax(q k^T / sqrt(d)) v; each (batch, head, token, d). mask (..., queries, keys): True where a key is seen."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # plain products: the CPU's fused backward is slower
@@ -173,7 +173,7 @@ def attend(q, k, v, mask=None):
 
 
 def frame_causal_attention(q, k, v, n):
-    """Each frame of n tokens sees itself and all earlier frames (paper 4.1); k and v may begin before q does.
+    """Each frame of n tokens sees itself and all earlier frames (paper 4.1); k and v may begin in the cache.
 
     There is no mask: one product for each frame, its queries against the keys up to its end, computes the same.
     """
@@ -221,7 +221,7 @@ class Block(nn.Module):
 
 # --------------------------------------------------------------------------------------------------- diffusion
 class Diffusion(nn.Module):
-    """The cosine schedule of I-DDPM: noise prediction, and a variance learned between two bounds.
+    """Diffusion as in I-DDPM: a cosine schedule, predicted noise, and a variance learned between two bounds.
 
     With fewer `steps`, two at least, the schedule is respaced: evenly chosen timesteps keep their products of alphas.
     Step i is an index into the chosen timesteps; x_0 is always the clean token, and x_i is noisy even at i = 0.
@@ -236,20 +236,20 @@ class Diffusion(nn.Module):
         abar = torch.cumprod(1 - (1 - f[1:] / f[:-1]).clamp(max=0.999), 0)  # I-DDPM eq. 17
         timesteps = torch.linspace(0, total - 1, steps, dtype=torch.float64).round().long()
         abar = abar[timesteps]
-        before = F.pad(abar[:-1], (1, 0), value=1.0)
-        beta = 1 - abar / before
-        variance = beta * (1 - before) / (1 - abar)  # of the posterior q(x_{i-1} | x_i, x_0)
+        abar_prev = F.pad(abar[:-1], (1, 0), value=1.0)  # of step i - 1
+        beta = 1 - abar / abar_prev
+        variance = beta * (1 - abar_prev) / (1 - abar)  # of the posterior q(x_{i-1} | x_i, x_0)
         variance[0] = variance[1]  # it is 0 there, and its logarithm is needed
         a, s = abar.sqrt(), (1 - abar).sqrt()  # x_i = a x_0 + s noise
-        c0 = beta * before.sqrt() / (1 - abar)  # the posterior's mean is c0 x_0 + cx x_i
-        cx = (1 - before) * (1 - beta).sqrt() / (1 - abar)
+        c0 = beta * abar_prev.sqrt() / (1 - abar)  # the posterior's mean is c0 x_0 + cx x_i
+        cx = (1 - abar_prev) * (1 - beta).sqrt() / (1 - abar)
         low, high = variance.log(), beta.log()  # the bounds of the learned log variance
         table = torch.stack([a, s, c0, cx, low, high])
         self.register_buffer("table", table.float()[..., None], persistent=False)  # (6, steps, 1)
         self.register_buffer("timesteps", timesteps, persistent=False)
 
     def q_sample(self, x0, i, noise):
-        """x_i of step i (tokens,) from x_0 and noise (tokens, C)."""
+        """x_i from x_0 and noise (tokens, C); here and below i is a step for each token (tokens,), or one for all."""
         a, s = self.table[:2, i]
         return a * x0 + s * noise
 
@@ -259,7 +259,7 @@ class Diffusion(nn.Module):
         return (x - s * eps) / a
 
     def posterior(self, x0, x, i, v):
-        """Mean and log variance of p(x_{i-1} | x_i); v in [-1, 1] places the latter between its bounds."""
+        """Mean and log variance (tokens, C) of p(x_{i-1} | x_i); v = -1 and v = 1 are its bounds (I-DDPM eq. 15)."""
         c0, cx, low, high = self.table[2:, i]
         return c0 * x0 + cx * x, low + (v + 1) / 2 * (high - low)
 
@@ -279,9 +279,9 @@ class Diffusion(nn.Module):
         mean, logvar = self.posterior(self.x0_from(x, i, eps.detach()), x, i, v)
         kl = 0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp() + (true_mean - mean) ** 2 * (-logvar).exp())
         nll = 0.5 * (logvar + (x0 - mean) ** 2 * (-logvar).exp() + math.log(2 * math.pi))
-        variational = torch.where(i[:, None] == 0, nll, kl) / math.log(2)  # in bits
+        variational = torch.where(i[:, None] == 0, nll, kl) / math.log(2)  # in bits; nll is ours, MAR's is discretised
         a, s = self.table[:2, i]
-        weight = (snr_clip * (s / a) ** 2).clamp(max=1)
+        weight = (snr_clip * (s / a) ** 2).clamp(max=1)  # min(1, snr_clip / SNR)
         return (weight * (eps - noise) ** 2 + variational).mean(-1)
 
     def sample(self, net, x, z, temperature=1.0, guidance=None, clamp=4.0):
@@ -290,7 +290,7 @@ class Diffusion(nn.Module):
         net(x_i, timestep, z) -> (tokens, 2C). The temperature multiplies the noise that each step adds, not the first x
         (MAR). With a guidance, z holds the states under the captions, then those under the null (2 * tokens, dim). Net
         gets x twice, and eps = null + guidance (conditional - null). The predicted x_0 is clamped (ours): at timestep
-        999 it is an error of eps times 20,000, and early models would paint black.
+        999 its error is that of eps times 20,000, and early models would paint black.
         """
         for i in reversed(range(self.steps)):
             out = net(x if guidance is None else torch.cat([x, x]), self.timesteps[i, None], z).float()
@@ -298,7 +298,8 @@ class Diffusion(nn.Module):
             if guidance is not None:
                 eps_null, _ = out[len(x):].chunk(2, -1)
                 eps = eps_null + guidance * (eps - eps_null)
-            mean, logvar = self.posterior(self.x0_from(x, i, eps).clamp(-clamp, clamp), x, i, v)
+            x0 = self.x0_from(x, i, eps).clamp(-clamp, clamp)
+            mean, logvar = self.posterior(x0, x, i, v)
             x = mean if i == 0 else mean + temperature * (0.5 * logvar).exp() * torch.randn_like(x)
         return x
 
@@ -357,7 +358,7 @@ class VideoMAR(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Every block starts as the identity, and every head by looking at one place (ours)."""
+        """Every block starts as the identity; with RoPE every head looks at one place (ours)."""
         for parameter in (self.mask_token, self.null_text):
             nn.init.normal_(parameter, std=0.02)
         for block in self.blocks:
@@ -391,19 +392,19 @@ class VideoMAR(nn.Module):
         """
         config, n = self.config, grid[0] * grid[1]
         positions = grid_positions(start, x.shape[1] // n, *grid, x.device)
-        h = torch.where(masked[..., None], self.mask_token, self.token_in(x))
+        z = torch.where(masked[..., None], self.mask_token, self.token_in(x))
         if config.position == "rope":
             angles = rope_angles(positions, config.dim // config.heads, config.rope_base, config.rope_top)
             rotation = angles.cos(), angles.sin()
         else:
-            h, rotation = h + absolute_code(positions, config.dim), None
+            z, rotation = z + absolute_code(positions, config.dim), None
         keys_values, text_mask = text
         for block, kv in zip(self.blocks, keys_values):
             run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block
-            h = run(h, rotation, kv, text_mask, n, cache)
+            z = run(z, rotation, kv, text_mask, n, cache)
         if chosen is not None:
-            h = h.take_along_dim(chosen[..., None], 1)
-        return self.norm(h)
+            z = z.take_along_dim(chosen[..., None], 1)
+        return self.norm(z)
 
     def draw_masked(self, batch, frames, n, t, device=None):
         """The masking of eq. 4.1: frames before t stay whole, t is partly masked, later ones are wholly masked.
@@ -423,7 +424,7 @@ class VideoMAR(nn.Module):
 
         Only one frame carries loss: a later one would read [MASK]s of frame t where sampling has its values. Under
         frame-causal attention frame t sees nothing after itself, so the sequence is cut there: the same loss and
-        gradients for less work (ours). t = 0 trains frame 0 from the text alone. -> mean over tokens, scalar, float32.
+        gradients for less work (ours). t = 0 trains frame 0 from the text alone (ours). -> mean over tokens, float32.
         """
         config = self.config
         batch, frames, *grid, _ = x.shape
@@ -435,7 +436,7 @@ class VideoMAR(nn.Module):
         z = self.hidden(x[:, :end], masked[:, :end], text, grid, chosen=places)  # (batch, count, dim)
         target = x.take_along_dim(places[..., None], 1).float()  # (batch, count, C)
         x0 = target.flatten(0, 1).repeat(config.noise_draws, 1)  # (tokens, C)
-        z = z.flatten(0, 1).repeat(config.noise_draws, 1)  # (tokens, dim)
+        z = z.flatten(0, 1).repeat(config.noise_draws, 1)  # (tokens, dim), tokens = draws * batch * count
         return self.diffusion.loss(self.diffusion_mlp, x0, z, config.snr_clip).mean()
 
 

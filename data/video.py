@@ -133,7 +133,7 @@ class Source:
     """Where training takes clips from: `World` (data/world.py), `Folder` below, `Latents` (data/latents.py).
 
     draw(seed, frames, size, length, change_until) -> the first `frames` of a clip that has `length` pixel frames, and
-    its caption: a function of the seed. Only the world heeds change_until; `Latents` overrides `batch` instead.
+    its caption: a function of the seed. Only the world uses change_until; `Latents` overrides `batch` instead.
     """
 
     about = ""  # a line for the log

@@ -22,7 +22,7 @@ SPEEDS = {"slowly": 0.01, "quickly": 0.03}  # short sides per pixel frame
 VELOCITIES = {f"moves {d} {s}": speed * np.array(v) / np.hypot(*v)
               for d, v in DIRECTIONS.items() for s, speed in SPEEDS.items()}
 MOTIONS = (*VELOCITIES, "grows", "shrinks", "spins", "stays still")
-GROWTH, SPIN, BIGGEST = 0.025, np.pi / 30, 0.4  # first radii a frame, radians a frame, largest radius
+GROWTH, SPIN, BIGGEST = 0.025, np.pi / 30, 0.4  # initial radii per frame, radians per frame, largest radius
 
 
 @dataclass
@@ -117,8 +117,10 @@ def path(sprite, frames, height, width):
     walls = np.array([width, height]) / min(height, width)
     for c, v, wall in zip((sprite.x, sprite.y), VELOCITIES.get(sprite.motion, (0, 0)), walls):
         room = wall - 2 * r  # a triangle wave over twice the room is a bounce
-        c = room - abs((c - r + v * f) % (2 * room) - room) + r if v else np.clip(c, r, wall - r)
-        centre.append(c)
+        if v:
+            centre.append(room - abs((c - r + v * f) % (2 * room) - room) + r)
+        else:
+            centre.append(np.clip(c, r, wall - r))
     return *centre, r, f * SPIN * (sprite.motion == "spins")
 
 

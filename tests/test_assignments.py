@@ -161,7 +161,7 @@ WRONG = [
     (9, "noise = torch.randn_like(x0)", "noise = torch.rand_like(x0)", "the noise in x_i"),
     (9, "i = torch.randint(self.steps, x0.shape[:1], device=x0.device)",
      "torch.randn_like(x0)\n        i = torch.randint(self.steps, x0.shape[:1])", "of steps drawn first"),
-    (9, " / math.log(2)  # in bits", "", "divided by ln 2"),
+    (9, " / math.log(2)", "", "divided by ln 2"),
     (9, "torch.where(i[:, None] == 0, nll, kl)", "kl", "in step i = 0: the likelihood"),
     (9, "eps.detach()", "eps", "must not have"),
     (9, "weight = (snr_clip * (s / a) ** 2).clamp(max=1)", "weight = 1", "snr_clip = 1"),

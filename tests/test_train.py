@@ -183,7 +183,7 @@ def test_muon_takes_the_inner_matrices_and_adamw_the_rest():
     assert [group["weight_decay"] for group in groups] == [0.02, 0, 0.02]
     assert groups[0]["betas"] == groups[1]["betas"] == (0.9, 0.95) and groups[2]["adjust_lr_fn"] == "match_rms_adamw"
     assert len(train.make_optimisers(model, "adamw", 1e-3)) == 1
-    assert (train.CLIP, train.EMA, train.MUON) == (3.0, 0.9999, 3)
+    assert (train.GRAD_CLIP, train.EMA, train.MUON_LR) == (3.0, 0.9999, 3)
 
 
 def test_the_first_weights_are_of_the_seed(folder, monkeypatch):
