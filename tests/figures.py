@@ -269,7 +269,7 @@ def training(path):
         page.text(*place(4, y), name, colour)
     xs = ["0", "30", "60", "90", "120", "150"]
     place = page.axes(470, 55, 340, 210, xs, ys, "loss, t > 0, at 128x128", "clips, thousands", math.log)
-    for key, batch, name, colour, y in (("4", 64, "from nothing", ORANGE, 0.12), ("11", 32, "from 64x64", BLUE, 0.18)):
+    for key, batch, name, colour, y in (("12", 32, "from nothing", ORANGE, 0.12), ("11", 32, "from 64x64", BLUE, 0.18)):
         step, loss, _ = losses(key)
         page.curve(place, step * batch / 1000, loss, colour, dots=False)
         page.text(*place(60, y), name, colour)
