@@ -711,6 +711,17 @@ def test_a_clip_is_the_same_with_and_without_cache(cfg, attention, given):
     assert torch.equal(clips[0][:, :given], clip(given)) and clips[0][:, given:].std() > 0.1
 
 
+@pytest.mark.parametrize("use_cache, frames_run", [(True, [2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+                                                   (False, [3, 3, 3, 4, 4, 4, 5, 5, 5])])
+def test_with_the_cache_a_step_runs_one_frame_alone(monkeypatch, use_cache, frames_run):
+    """Two given frames and three made in three steps: a pass for what is given, and one behind each finished frame."""
+    model, seen = tiny_model(), []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda x, *args: seen.append(x.shape[1] // N) or hidden(x, *args))
+    sampled(model, clip(2), 5, unmask_steps=3, use_cache=use_cache)
+    assert seen == frames_run
+
+
 def test_a_diffusion_step_casts_activations_alone():
     """Under autocast a weight is cast once a clip, not again for every product."""
     model = tiny_model()
