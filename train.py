@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from data.files import Bad, Parser, check_writable, choose_hardware, lock, mix_seed, number, ranks, run, save, sizes
+from data.files import (Bad, Parser, check_writable, choose_hardware, lock, mix_seed, number, ranks, run, save,
+                        set_aside, sizes)
 from data.latents import open_source
 from data.video import psnr, read_ahead, to_float, to_tokens, to_uint8, write_strip
 from sample import FORMAT, build_model, generate, load_checkpoint
@@ -291,9 +292,9 @@ def main():
         signal.signal(kind, lambda number, frame: signals.append(number))
     if rank == 0:
         lock_file = lock(a.out)  # noqa: F841, an open file keeps the lock
-        for name in ("ckpt.pt", "log.csv"):
-            if not a.resume and (a.out / name).exists():
-                os.replace(a.out / name, a.out / name.replace(".", "-before."))
+        if not a.resume:
+            set_aside(a.out / "ckpt.pt")
+            set_aside(a.out / "log.csv")
         log = open(a.out / "log.csv", "a" if a.resume else "w", buffering=1)  # --resume after a kill repeats lines
         if not a.resume:
             print("step,stage,t,loss,lr,seconds", file=log)

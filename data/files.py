@@ -102,6 +102,12 @@ def write(path, save):
         part.unlink(missing_ok=True)
 
 
+def set_aside(path):
+    """Keeps a file of a run before: NAME.x becomes NAME-before.x."""
+    if path.exists():
+        path.replace(path.with_stem(f"{path.stem}-before"))
+
+
 def save(content, path):
     """A dict of tensors and plain values as a file that `load` reads."""
     write(path, lambda part: torch.save(content, part))
