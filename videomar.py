@@ -448,7 +448,7 @@ def draw_mask_ratio(mask_ratio):
 
 
 def unmask_counts(n, steps):
-    """How many of n tokens each step reveals: floor(n cos(pi/2 (u+1)/U)) stay masked after step u = 0 ... U-1 (MAR).
+    """How many of n tokens each step reveals: floor(n cos(pi/2 u/U)) stay masked after step u = 1 ... U (MAR).
 
     Every step reveals at least one: with more steps than tokens the list is shorter than `steps`. It sums to n.
     """

@@ -111,8 +111,8 @@ def check_schedules(theirs):
         expect(sum(counts) == n, f"{of}: the counts sum to {sum(counts)}; all {n} tokens must be revealed")
         expect(min(counts) >= 1, f"{of}: a step reveals {min(counts)} tokens; each must reveal at least one")
         right = ours.unmask_counts(n, steps)
-        for u in range(max(len(counts), len(right))):
-            stay, must = n - sum(counts[:u + 1]), n - sum(right[:u + 1])
+        for u in range(1, 1 + max(len(counts), len(right))):
+            stay, must = n - sum(counts[:u]), n - sum(right[:u])
             expect(stay == must, f"{of}: after step {u} {stay} tokens stay masked; it must be {must}")
         expect(counts == right, f"{of}: it must be {right}")
     for j in range(5):

@@ -19,7 +19,7 @@ WRONG = [
     (1, "max(0, min(cosine, left - 1))", "max(0, cosine)", "each must reveal at least one"),
     (1, "max(0, min(cosine, left - 1))",
      "min(cosine, left - 1)\n        if stay < 0:\n            return counts + [left - stay]", "the counts sum to 65"),
-    (1, "(len(counts) + 1) / steps", "len(counts) / steps", "after step 0 63 tokens stay masked"),
+    (1, "(len(counts) + 1) / steps", "len(counts) / steps", "after step 1 63 tokens stay masked"),
     (1, "10.0 ** -(j + 1)", "10.0 ** -(j + 2)", "progressive_temperature(0) is 0.91"),
     (1, "0.9 + 10.0 ** -(j + 1)", "1 - 0.1 * (j > 0)", "progressive_temperature(1) is 0.9"),
     (1, "while left:", "for _ in range(steps - 1):", "the counts sum to 45"),

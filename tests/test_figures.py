@@ -40,6 +40,14 @@ def test_losses_are_means_of_one_run_without_frame_0(tmp_path, monkeypatch):
     assert loss.tolist() == (7 * step).tolist() and seconds.tolist() == (2 * step).tolist()
 
 
+def test_before_training_is_where_the_shipped_checkpoint_began():
+    """Training moves the biases of queries and keys little; those of another seed's start have other signs."""
+    trained, _, _ = figures.load_model(figures.DATA / "videomar.pt")
+    start = figures.shipped_start(trained.config)
+    biases = [model.blocks[1].qkv.bias[:2 * model.config.dim] for model in (start, trained)]
+    assert torch.corrcoef(torch.stack(biases).detach())[0, 1] > 0.9
+
+
 def test_attention_by_offset_finds_the_place_that_look_beside_chose(monkeypatch):
     """Heads that all look at the token one frame before, one row down and one column to the left."""
     model = tiny_model(dim=128, heads=2)
