@@ -6,6 +6,7 @@
 Each is drawn from the code itself: what a function returns, what a model's outputs depend on, how long its steps take;
 but `training` is drawn from the logs in data/videomar.csv.
 """
+import argparse
 import csv
 import math
 import subprocess
@@ -23,7 +24,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageSequence
 
 import videomar
-from data.files import DATA, Bad, run, write
+from data.files import DATA, Bad, choose_hardware, run, write
 from data.video import read_clip, to_float
 from data.world import World
 from sample import generate, guidance_at, load_model
@@ -158,6 +159,7 @@ def mask(path, model=None):
 
 def cache(path, repeats=3):
     """Seconds of each unmasking step of a clip, with and without cache: medians of runs that take turns."""
+    _, _, autocast = choose_hardware(argparse.Namespace(device="cpu", dtype=None))
     model, tokenizer, checkpoint = load_model(DATA / "videomar.pt")
     sampling, caption = Sampling(**checkpoint["sampling"]), (DATA / "cat.txt").read_text()
     given = tokenizer.encode(to_float(torch.from_numpy(read_clip(DATA / "cat.png", (128, 128))[None])))
@@ -165,7 +167,9 @@ def cache(path, repeats=3):
     for _ in range(repeats):
         for use_cache, seconds in runs.items():
             ends = [time.perf_counter()]
-            generate(model, given, [caption], 7, sampling, use_cache, watch=lambda *_: ends.append(time.perf_counter()))
+            with autocast:
+                generate(model, given, [caption], 7, sampling, use_cache,
+                         watch=lambda *_: ends.append(time.perf_counter()))
             seconds.append(np.diff(ends))
     with_cache, without = (np.median(seconds, 0) for seconds in runs.values())
 
