@@ -188,6 +188,15 @@ def test_rope_is_the_only_position_code():
         assert torch.allclose(hidden(model, x), hidden(model, x, start=5), atol=1e-4) == same
 
 
+def test_a_training_step_counts_frames_from_0(monkeypatch):
+    """As the sampler does: with the absolute code another first number would be another place."""
+    starts = []
+    monkeypatch.setattr("videomar.grid_positions", lambda start, *args: starts.append(start) or
+                        grid_positions(start, *args))
+    tiny_model()(clip(), CAPTIONS, 1)
+    assert starts == [0]
+
+
 @torch.no_grad()
 def test_every_head_starts_by_looking_at_one_place():
     """Its own or one beside it, in this frame or the one before; with no content, the score is the largest there."""
