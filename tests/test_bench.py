@@ -98,11 +98,36 @@ def test_flops_of_muon_are_those_torch_counts():
     ("sample", "ntp_s nocache_s cache_s cache_ratio cache_ratio_flops ntp_ratio peak_share s_per_latent_frame"),
     ("train", "full_s cut_s ratio ratio_flops peak_share tokens_per_s")])
 def test_bench_prints_one_json_line(folder, what, keys):
-    args = ["--size", "16x16", "--frames", 9, "--repeats", 1, "--batch", 1, *["--ntp-steps", 2] * (what == "sample")]
+    args = ["--size", "16x24", "--frames", 9, "--repeats", 1, "--batch", 1, *["--ntp-steps", 2] * (what == "sample")]
     done = script("tests/bench.py", what, *args)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.strip().split("\n")[-1])
     assert list(result) == keys.split() and all(v > 0 for v in result.values())
+    assert "3 latent frames of 2x3 tokens" in done.stdout
+
+
+def test_how_time_is_taken(monkeypatch):
+    """When the device has finished; medians in turns, after a warm-up; the best product is the peak."""
+    log, cpu = [], torch.device("cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "synchronise", lambda device: log.append("wait"))
+        patch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: log.append("clock") or len(log)))
+        assert bench.seconds(lambda: log.append("work"), cpu) == 3
+    assert log == ["wait", "clock", "work", "wait", "clock"]
+    one, two, times, products = iter([0, 1, 3, 7]), iter([0, 10, 30, 20]), iter([4, 2, 0.5, *[8] * 5]), []
+    monkeypatch.setattr(bench, "seconds", lambda work, device: work())
+    assert bench.median_seconds([lambda: next(one), lambda: next(two)], cpu, 3) == [3, 20]
+    monkeypatch.setattr(bench, "seconds", lambda work, device: products.append(work()) or next(times))
+    assert bench.matmul_peak(cpu, torch.bfloat16) == 2 * 2048**3 / 0.5
+    assert products[0].dtype == torch.bfloat16 and products[0].shape == (2048, 2048)
+    assert 0.05 < float(bench.memory(cpu).split()[0]) < 100  # GiB
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bench_computes_in_the_dtype_that_is_asked_for(monkeypatch, dtype):
+    monkeypatch.setattr(bench, "bench_sample", lambda *_: (torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+    args = ["sample", "--size", "16x16", "--frames", "5", "--device", "cpu", "--dtype", dtype]
+    assert bench.measure(bench.options_parser().parse_args(args)) == getattr(torch, dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------- plan
@@ -166,22 +191,31 @@ def test_the_plan_counts_every_option(monkeypatch, capsys):
     assert f"about {kept * (4 * 6 + 60) / 2**30:.2f} of" in recompute and "--recompute" in recompute
 
 
-def test_ratios_and_shares_by_hand(monkeypatch):
-    """Three of twelve steps, two of three frames; a peak of 1 TFLOP/s. In training t = 1, 2, then the full sequence."""
+def test_ratios_and_shares_by_hand(monkeypatch, capsys):
+    """Three of twelve steps, two of three frames; a peak of 10 MFLOP/s. In training t = 1, 2, then the whole."""
     model, cpu = VideoMAR(TINY, Words(TINY.text_dim)), torch.device("cpu")
-    a = SimpleNamespace(preset="toy", batch=2, repeats=1, ntp_steps=3, nocache_frames=2, growth=False)
-    monkeypatch.setattr(bench, "matmul_peak", lambda *_: 1e12)
+    a = SimpleNamespace(preset="toy", batch=2, repeats=1, ntp_steps=3, nocache_frames=2, growth=True)
+    monkeypatch.setattr(bench, "matmul_peak", lambda *_: 1e7)
+    monkeypatch.setattr(bench, "seconds", lambda *_: 12.0)
     monkeypatch.setattr(bench, "median_seconds", lambda *_: [2.0, 30.0, 10.0])
     sampling = videomar.Sampling(**PRESETS["toy"]["sampling"])
     part, whole, cached = (sum(bench.sample_flops(TINY, sampling, 6, frames, how))
                            for frames, how in ((2, "nocache"), (3, "nocache"), (3, "cache")))
     assert bench.bench_sample(a, model, cpu, torch.float32, (2, 3), 3) == pytest.approx(dict(
         ntp_s=8, nocache_s=30 * whole / part, cache_s=10, cache_ratio=3 * whole / part, ntp_ratio=0.8,
-        cache_ratio_flops=whole / cached, peak_share=2 * cached / 10 / 1e12, s_per_latent_frame=5))
+        cache_ratio_flops=whole / cached, peak_share=2 * cached / 10 / 1e7, s_per_latent_frame=5))
+    out = capsys.readouterr().out
+    assert "7: 2.000, 13: 1.000, 25: 0.500, 49: 0.250 latent frames" in out
+    row = next(line.split() for line in out.split("\n") if line.startswith("masked, with cache"))
+    assert [float(row[3]), float(row[-1][:-1])] == pytest.approx([10, 100 * 2 * cached / 10 / 1e7], abs=0.06)
     monkeypatch.setattr(bench, "median_seconds", lambda *_: [1.0, 3.0, 8.0])
     full, cut = (bench.mean_train_flops(TINY, 6, 3, 2, how) + bench.muon_flops(model, "muon") for how in (False, True))
     assert bench.bench_train(a, model, cpu, torch.float32, (2, 3), 3) == pytest.approx(dict(
-        full_s=8, cut_s=2, ratio=4, ratio_flops=full / cut, peak_share=cut / 2 / 1e12, tokens_per_s=15))
+        full_s=8, cut_s=2, ratio=4, ratio_flops=full / cut, peak_share=cut / 2 / 1e7, tokens_per_s=15))
+    rows = [line.split() for line in capsys.readouterr().out.split("\n") if "%" in line]
+    for row, flops, s, tokens in zip(rows, (full, cut), (8, 2), (36 / 8, 15), strict=True):
+        share, rate = float(row[-2][:-1]), float(row[-1])
+        assert (share, rate) == pytest.approx((100 * flops / s / 1e7, tokens), abs=0.51)
 
 
 def test_what_is_timed_is_what_is_counted(monkeypatch):
@@ -202,6 +236,13 @@ def test_what_is_timed_is_what_is_counted(monkeypatch):
     got = bench.bench_train(a, VideoMAR(config, Words(config.text_dim)), cpu, torch.float32, (8, 8), 4)
     for key, cut in (("full_s", False), ("cut_s", True)):
         assert got[key] == pytest.approx(bench.mean_train_flops(config, 64, 4, 2, cut), rel=0.05)
+    sampling = dict(unmask_steps=3, diffusion_steps=4)
+    monkeypatch.setitem(PRESETS, "toy", {**PRESETS["toy"], "sampling": sampling})
+    a = SimpleNamespace(preset="toy", batch=1, repeats=1, ntp_steps=12, nocache_frames=3, growth=False)
+    got = bench.bench_sample(a, VideoMAR(config, Words(config.text_dim)), cpu, torch.float32, (4, 4), 4)
+    for how in ("ntp", "nocache", "cache"):
+        flops = sum(bench.sample_flops(config, videomar.Sampling(**sampling), 16, 4, how))
+        assert 1 <= got[f"{how}_s"] / flops < 1.02, how
 
 
 def meta_only(function):

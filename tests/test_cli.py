@@ -424,6 +424,12 @@ def test_bfloat16_is_taken_where_it_is_fast(monkeypatch):
         assert choose_hardware(SimpleNamespace(device="cpu", dtype=None))[1] == dtype
 
 
+def test_each_process_of_torchrun_takes_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with pytest.raises(Bad, match="--device cuda:99: there is none here"):
+        choose_hardware(SimpleNamespace(device="cuda", dtype=None))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sampling_computes_in_the_dtype_that_is_asked_for(tiny, monkeypatch, dtype):
     seen, generate = [], sample.generate

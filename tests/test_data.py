@@ -110,7 +110,9 @@ def test_frame_rate_and_crop(folder):
     video = np.arange(20, dtype=np.uint8)[:, None, None, None] * 10 + np.zeros((20, 30, 20, 3), np.uint8)
     video[:, :, 0] = 255  # cropped away: 20 wide and 30 high to a square
     video[:, :4] = 255
-    write_video(folder / "a.webp", video, 10)
+    write_video(folder / "a.webp", video[:4], 10)
+    assert len(read_clip(folder / "a.webp", (10, 10), 4)) == 4
+    write_video(folder / "a.webp", video, 10)  # another file of this name
     clip = read_clip(folder / "a.webp", (10, 10), 4, fps=5)
     assert clip[:, 5, 5, 0].tolist() == [0, 20, 40, 60]
     assert read_clip(folder / "a.webp", (10, 10), 4, fps=5, place=1.0)[:, 5, 5, 0].tolist() == [120, 140, 160, 180]
@@ -143,7 +145,7 @@ def test_frame_rate_and_crop(folder):
 
 @pytest.mark.skipif(not HAS_AV, reason="needs av")
 def test_mp4(folder):
-    video = np.stack([np.full((32, 32, 3), 8 * i, np.uint8) for i in range(25)])
+    video = np.stack([np.full((32, 32, 3), (8 * i, 100, 200 - 8 * i), np.uint8) for i in range(25)])
     (folder / "clips").mkdir()
     write_video(folder / "clips/a.mp4", video, 10)
     got = read_clip(folder / "clips/a.mp4", (32, 32), 25)
@@ -154,6 +156,25 @@ def test_mp4(folder):
     with pytest.raises(Bad, match="26 are needed"):
         read_clip(folder / "clips/a.mp4", (32, 32), 26)
     assert len(read_clip(folder / "clips/a.mp4", (32, 32), 25, fps=10)) == 25  # the last one lasts, too
+    for ending in ("mov", "MKV", "webm"):
+        shutil.copy(folder / "clips/a.mp4", folder / f"clips/a.{ending}")
+    assert "4 clips" in Folder(folder / "clips").about
+
+
+@pytest.mark.skipif(not HAS_AV, reason="needs av")
+def test_mp4_with_many_key_frames(folder):
+    """Reading begins at the one before the first picture that is asked for."""
+    import av
+    video = np.repeat(np.arange(0, 240, 8, dtype=np.uint8), 32 * 32 * 3).reshape(30, 32, 32, 3)
+    with av.open("a.mp4", "w") as file:
+        stream = file.add_stream("libx264", rate=10, width=32, height=32, pix_fmt="yuv420p")
+        stream.gop_size = 5
+        for frame in video:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        file.mux(stream.encode())
+    for place, first in ((0.0, 0), (0.5, 9), (1.0, 18)):
+        got = read_clip(folder / "a.mp4", (32, 32), 12, place=place)
+        assert abs(got.astype(int) - video[first:first + 12]).max() < 6
 
 
 @pytest.mark.skipif(not HAS_AV, reason="needs the package av")
@@ -445,8 +466,11 @@ def test_latents_once(folder, monkeypatch, tiny_files, capsys):
             assert whole.keys() == other.keys()
             assert name == "latents.pt" or torch.equal(whole["latents"], other["latents"])
             assert whole.get("captions") == other.get("captions") and whole.get("settings") == other.get("settings")
-    with pytest.raises(Bad, match="other clips, settings"):
-        encode(folder / "clips", folder / "whole", net, 5, SIZE, each=3)
+    for frames, each in ((5, 3), (9, 4)):
+        with pytest.raises(Bad, match="other clips, settings"):
+            encode(folder / "clips", folder / "whole", net, frames, SIZE, each=each)
+    with pytest.raises(Bad, match="9 frames 16x24"):
+        Latents(folder / "whole").batch(range(2), 5, SIZE, length=13)
     latents, captions = Latents(folder / "whole").batch(range(30), 9, SIZE)
     assert latents.shape == (30, 3, 2, 3, 16)
     truth = {c: v for v, c in (world.clip(i, 9, *SIZE) for i in range(8))}

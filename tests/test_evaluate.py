@@ -56,7 +56,8 @@ def test_background_is_measured_where_no_sprite_is():
     video = world.render(truth, 5, 64, 64)
     elsewhere = world.render(scene_of(("star", "red", "moves left slowly", 0.5, 0.5, 0.18)), 5, 64, 64)
     i = evaluate.MEASURES.index("background")
-    assert evaluate.measure(video - 10, video, truth)[i] == pytest.approx(20 * np.log10(255 / 10), abs=0.1)
+    assert evaluate.measure(video - 20, video, truth)[i] == pytest.approx(20 * np.log10(255 / 20), abs=0.1)
+    assert evaluate.measure(video, video, truth)[i] == pytest.approx(50, abs=0.01)
     assert evaluate.measure(elsewhere, video, truth)[i] > 35
 
 
@@ -74,7 +75,9 @@ def test_a_hidden_sprite_is_not_found():
     truth = scene_of(("star", "brown", "moves right slowly", 0.4, 0.5, 0.18))
     video, empty = (world.render(scene, 9, 64, 64) for scene in (truth, scene_of()))
     shape, colour, error, _, _, degree = evaluate.measure(empty, video, truth)
-    assert (shape, colour, degree) == (0, 0, 0) and error > 3
+    places = evaluate.centres(evaluate.sprite_masks(video, truth))[0, 1:]
+    assert (shape, colour, degree) == (0, 0, 0)
+    assert error == pytest.approx(np.hypot(*(places - 31.5).T).mean())  # it counts as in the picture's middle
 
 
 @pytest.mark.parametrize("motion", ["stays still", "grows"])
@@ -93,22 +96,40 @@ def test_a_shape_is_known_turned_and_in_every_size(shape, motion):
     assert evaluate.measure(video, video, truth)[0] == 1
 
 
-def test_a_path_is_measured_from_every_fourth_frame():
+@pytest.mark.parametrize("size", [(64, 128), (128, 64)])
+@pytest.mark.parametrize("shape", world.SHAPES)
+def test_a_shape_is_known_in_wide_and_in_tall_pictures(shape, size):
+    truth = scene_of((shape, "red", "spins", 0.5, 0.5, 0.18))
+    video = world.render(truth, 6, *size)
+    assert evaluate.measure(video, video, truth)[0] == 1
+
+
+def test_the_ground_is_no_sprite():
+    """Not even where it is as dark as it gets, in a colour next to the sprite's."""
+    truth = world.Scene([world.Sprite("star", "pink", "stays still", 0.4, 0.5, 0.18)], "red", 1.0)
+    empty = world.render(world.Scene([], "red", 1.0), 1, 64, 64)
+    assert not evaluate.sprite_masks(empty, truth).any()
+
+
+def test_a_path_is_measured_from_every_fourth_frame_and_change_from_each():
     y = np.array([0, 9, 0, 9, 3, 9, 9, 0, 0.0])  # 3 up and 3 down, 4 to the right each time
     assert evaluate.path_length(np.stack([y, np.arange(9)], -1)[None]) == 10
+    assert evaluate.mean_change(np.array([10, 210, 110], np.uint8)) == 150  # up and down
 
 
 def test_the_report_by_hand(capsys):
     """Means over clips and frames, the error of the mean over clips, and what applies to some clips or to none."""
-    psnrs = torch.tensor([[[19, 21], [10, 12], [34, 36]], [[28, 32], [18, 20], [34, 36.0]]])
-    measures = np.ones((2, 3, 6))
-    measures[:, 0] = [[0, 1, 2, 3, np.nan, np.nan], [1, 1, 4, 5, 6, np.nan]]
+    psnrs = torch.tensor([[[19, 21], [10, 12], [34, 36]], [[28, 32], [18, 20], [34, 36]],
+                          [[24, 26], [14, 16], [34, 36.0]]])
+    measures = np.ones((3, 3, 6))
+    measures[:, 0] = [[0, 1, 2, 3, np.nan, np.nan], [1, 1, 4, 5, 6, np.nan], [0.5, 1, 3, 4, 2, np.nan]]
     result = evaluate.report(psnrs, measures, 1, 7.0)
-    want = dict(clips=2, psnr=25, psnr_copy=15, psnr_tokenizer=35, gap_closed=0.5, seconds=7, psnr_error=5 / 2**0.5)
+    want = dict(clips=3, psnr=25, psnr_copy=15, psnr_tokenizer=35, gap_closed=0.5, seconds=7, psnr_error=50**0.5 / 3)
     assert {name: result[name] for name in want} == pytest.approx(want, abs=1e-4)
-    assert [result[name] for name in evaluate.MEASURES] == [0.5, 1, 3, 4, 6, None]
-    assert result["psnr_by_frame"] == [23.5, 26.5]
-    assert "3.00 ± 0.71" in capsys.readouterr().out
+    assert [result[name] for name in evaluate.MEASURES] == [0.5, 1, 3, 4, 4, None]
+    assert result["psnr_by_frame"] == [23.667, 26.333]
+    out = capsys.readouterr().out  # of three clips, of two, of none
+    assert "3.00 ± 0.47" in out and "4.00 ± 1.41" in out and "nan ±  nan" in out
 
 
 # -------------------------------------------------------------------------------------------------- evaluation
@@ -149,6 +170,7 @@ def test_scores_are_of_held_out_clips(folder, monkeypatch, context, last, spans,
         seen.extend(captions)
         tokens = tokenizer.encode(truth[len(seen) - len(captions):len(seen)])
         assert torch.equal(given, tokens[:, :context]) and frames == 3 and not use_cache
+        assert sampling is TINY_SAMPLING
         return tokens
 
     def measure(video, true, scene, first):
@@ -192,10 +214,15 @@ def test_what_is_scored_measured_and_shown_is_the_sample(folder, monkeypatch):
 
 def test_options_reach_the_evaluation(folder, tiny_files, monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(evaluate, "evaluate", lambda *args: seen.append(args[2:]) or {})
+    monkeypatch.setattr(evaluate, "evaluate", lambda *args: seen.extend(
+        [args[2:], (torch.ones(2, 2) @ torch.ones(2, 2)).dtype]))
     args = ["--clips", 2, "--context", 2, "--prompt", "", "--no-cache", "--fps", 5, "--size", "32x16", "--frames", 13]
-    code, _, err = call(monkeypatch, capsys, "--ckpt", tiny_files / "ckpt.pt", *args, "--out", "a.webp")
-    assert code == 0 and seen == [(2, 13, (32, 16), TINY_SAMPLING, Path("a.webp"), 2, "", 5, False)], err
+    for dtype in ("bfloat16", "float32"):
+        seen.clear()
+        code, _, err = call(monkeypatch, capsys, "--ckpt", tiny_files / "ckpt.pt", *args, "--out", "a.webp",
+                            "--dtype", dtype, "--device", "cpu")
+        assert code == 0 and seen[0] == (2, 13, (32, 16), TINY_SAMPLING, Path("a.webp"), 2, "", 5, False), err
+        assert seen[1] == getattr(torch, dtype)
 
 
 def test_what_a_checkpoint_was_trained_on_is_told(folder, tiny_files, monkeypatch, capsys):
@@ -279,14 +306,17 @@ def test_every_clip_has_its_own_prompt_and_the_rate(folder, prompts, monkeypatch
     seen = []
 
     def generate(model, given, captions, frames, sampling, use_cache):
+        pictures = ["one" if change < 0.1 else "two" for change in (given - given[:1]).abs().amax((1, 2, 3, 4))]
         seen.append((captions, use_cache))
+        assert sampling == TINY_SAMPLING and (captions == pictures or len(set(captions)) == 1)
         return given.new_zeros(len(given), frames, 2, 3, 16)
 
     monkeypatch.setattr(evaluate, "generate", generate)
     code, _, err = prompts("a.png,one\ncat.png,two\n", "--out", "clips", "--no-cache", "--fps", 5)
     assert code == 0 and seen == [(5 * ["one"] + 3 * ["two"], False), (2 * ["two"], False)], err
     with av.open("clips/one-0.mp4") as file:
-        assert file.streams.video[0].average_rate == 5
+        stream = file.streams.video[0]
+        assert stream.average_rate == 5 and (stream.width, stream.height) == (384, 256)
 
 
 def test_a_list_as_a_spreadsheet_writes_it_with_a_long_prompt(folder):

@@ -1,11 +1,15 @@
 """The figures: the mask is drawn from what a model does, the heads from where its attention goes, losses from logs."""
+import math
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import figures
-from conftest import tiny_model
+from conftest import tiny_model, tiny_tokenizer
+from videomar import VideoMAR
 
 FRAME = torch.arange(12) // 4  # of each token
 
@@ -20,7 +24,10 @@ def test_the_mask_is_what_the_model_does(tmp_path, attention):
     with Image.open(tmp_path / "mask.png") as image:
         picture = np.asarray(image.convert("RGB"))
     middles = picture[78 + 13:78 + 12 * 26:26, 150 + 13:150 + 12 * 26:26]
-    assert np.array_equal(middles.min(-1) < 200, table.numpy())  # blue, dark or pale, or white
+    sees = table.numpy()
+    assert np.array_equal(middles.min(-1) < 200, sees)  # blue, dark or pale, or white
+    sees[8:] = sees[:, 8:] = False
+    assert np.array_equal(middles.min(-1) < 100, sees)  # dark is what is not behind the cut
 
 
 def test_a_random_model_for_the_mask_reads_other_tokens():
@@ -46,6 +53,100 @@ def test_before_training_is_where_the_shipped_checkpoint_began():
     start = figures.shipped_start(trained.config)
     biases = [model.blocks[1].qkv.bias[:2 * model.config.dim] for model in (start, trained)]
     assert torch.corrcoef(torch.stack(biases).detach())[0, 1] > 0.9
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What is drawn: (points of a curve, colour), (text, colour, its height), (colour of a box, its height)."""
+    calls = SimpleNamespace(curves=[], texts=[], boxes=[])
+    text, box = figures.Page.text, figures.Page.box
+    monkeypatch.setattr(figures.Page, "curve", lambda self, place, xs, ys, colour, dots=True: calls.curves.append(
+        (np.stack([[*xs], [*ys]]), colour)))
+    monkeypatch.setattr(figures.Page, "text", lambda self, x, y, string, colour="black", **options: (
+        calls.texts.append((string, colour, y)), text(self, x, y, string, colour, **options)))
+    monkeypatch.setattr(figures.Page, "box", lambda self, x, y, width, height, fill=None, *line: (
+        calls.boxes.append((fill, y)), box(self, x, y, width, height, fill, *line)))
+    return calls
+
+
+def test_places_on_the_axes():
+    axes = figures.Page(100, 100).axes
+    place = axes(10, 20, 30, 40, ["0", "2"], ["1", "5"], "", "")
+    assert [place(x, y) for x, y in ((0, 1), (2, 5), (1, 2))] == [(10, 60), (40, 20), (25, 50)]
+    place = axes(10, 20, 30, 40, ["0", "2"], ["0.1", "1", "10"], "", "", math.log)
+    assert place(1, 1) == pytest.approx((25, 40)) and place(1, 10) == (25, 20)
+
+
+def test_schedules_by_hand(tmp_path, drawn):
+    """64 tokens in 6 steps: floor(64 cos(pi k / 12)) are left; guidance 3; temperatures 0.9 + 10^-(j + 1)."""
+    figures.schedules(tmp_path / "schedules.png")
+    left = np.array([64, 61, 55, 45, 32, 16, 0])
+    wanted = [(range(7), left), (range(1, 7), [3] * 6), (range(1, 7), 3 - left[1:] / 32),
+              (range(6), [1, 0.91, 0.901, 0.9001, 0.90001, 0.900001])]
+    for (curve, _), (xs, ys) in zip(drawn.curves, wanted, strict=True):
+        assert np.allclose(curve, [[*xs], [*ys]])
+    assert [colour for text, colour, _ in drawn.texts if text == "linear"] == [drawn.curves[2][1]]
+
+
+def test_each_loss_has_the_name_of_its_run(tmp_path, drawn):
+    figures.training(tmp_path / "training.png")
+    names = [(text, colour) for text, colour, _ in drawn.texts if colour != "black"]
+    runs = {"default, two cores": "default", "shipped, H100": "9", "from nothing": "12", "from 64x64": "11"}
+    for (curve, colour), (name, colour_of_name), clips in zip(drawn.curves, names, (0, 0, 32, 32), strict=True):
+        step, loss, seconds = figures.losses(runs[name])
+        assert np.allclose(curve, [step * clips / 1000 if clips else seconds / 60, loss]) and colour == colour_of_name
+
+
+def test_seconds_with_and_without_the_cache(tmp_path, monkeypatch, drawn):
+    """36 steps of a second each, and of a quarter with the cache."""
+    now = [0.0]
+
+    def generate(model, given, captions, frames, sampling, use_cache, watch):
+        for _ in range(36):
+            now[0] += 0.25 if use_cache else 1.0
+            watch()
+
+    monkeypatch.setattr(figures, "generate", generate)
+    monkeypatch.setattr(figures, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    figures.cache(tmp_path / "cache.png")
+    names = {text: colour for text, colour, _ in drawn.texts if "for the clip" in text}
+    assert names == {"without cache:\n36.0 s for the clip": drawn.curves[0][1],
+                     "with cache:\n9.0 s for the clip": drawn.curves[1][1]}
+    assert [curve[1].tolist() for curve, _ in drawn.curves] == [[1] * 36, [0.25] * 36]
+
+
+def test_each_row_of_heads_is_of_the_model_that_is_told(tmp_path, monkeypatch, drawn):
+    """After training, the heads look at one place in the frame before; before it, at one in their own."""
+    trained = tiny_model()
+    monkeypatch.setattr(figures, "load_model", lambda path: (trained, tiny_tokenizer(), None))
+
+    def attention(model, *_):
+        maps = torch.zeros(2, 2, 5, 5)
+        maps[:, int(model is trained), 2, 2] = 0.5 if model is trained else 0.25
+        return maps
+
+    monkeypatch.setattr(figures, "attention_by_offset", attention)
+    figures.heads(tmp_path / "heads.png")
+    told = [text for text, *_ in drawn.texts if "training" in text or "%" in text]
+    assert told == ["before training", *["darkest: 25 %"] * 2, "after training", *["darkest: 50 %"] * 2]
+    rows = [y for text, _, y in drawn.texts if text.startswith("in the")]  # the own frame's and the one's before, twice
+    dark = [y for fill, y in drawn.boxes if fill == (31, 95, 168)]
+    assert all(abs(y - rows[0]) < 20 for y in dark[:2]) and all(abs(y - rows[3]) < 20 for y in dark[2:])
+
+
+def test_attention_by_offset_is_the_models_own(monkeypatch):
+    """The queries and keys of the last frame, whose tokens are partly [MASK]."""
+    model, calls, attend, hidden, asked = tiny_model(), [], figures.videomar.attend, VideoMAR.hidden, []
+    monkeypatch.setattr(figures.videomar, "attend", lambda q, k, *more: calls.append((q, k)) or attend(q, k, *more))
+    monkeypatch.setattr(VideoMAR, "hidden", lambda self, x, masked, text, grid: (
+        asked.append((masked, grid)), hidden(self, x, masked, text, grid)))
+    with torch.no_grad():
+        figures.attention_by_offset(model, torch.randn(2, 4, 5, 6, 16), ["a cat"] * 2, 2, layer=1, reach=2)
+    (q, k), (own_q, own_k) = calls[-1], calls[-3]  # after those of the last block: three frames, and the text
+    assert len(calls) == 2 * 4 + 1 and torch.allclose(q, own_q, atol=1e-5) and torch.allclose(k, own_k, atol=1e-5)
+    (masked, grid), = asked
+    assert grid == (5, 6) and masked.shape == (2, 90) and not masked[:, :60].any()
+    assert 0.2 < masked[:, 60:].float().mean() < 0.8
 
 
 def test_attention_by_offset_finds_the_place_that_look_beside_chose(monkeypatch):

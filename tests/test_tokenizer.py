@@ -73,6 +73,7 @@ def test_a_block_and_the_running_mean_by_hand():
         weight = block.conv.weight.view(32, 32, 3, 3)
         y = F.conv2d(h[:, t].permute(0, 3, 1, 2), weight, block.conv.bias, padding=1).permute(0, 2, 3, 1)
         assert torch.allclose(block(x)[:, t], x[:, t] + block.out(F.gelu(y)), atol=1e-5)
+    assert torch.equal(Tokenizer(width=32).encoder[1](x), x)  # before training it is the identity
     seen = []
     tokenizer.normalise.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     tokenizer.train().encode(torch.randn(2, 3, 5, 16, 16))
@@ -218,6 +219,7 @@ def test_training_by_hand(folder, monkeypatch, capsys):
     steps = 0, 1, 2, 499, 500, 502
     monkeypatch.setattr(tokenizer_script, "tqdm", lambda all_steps, **_: tqdm([all_steps[i] for i in steps]))
     asked, drawn, encoded, decoded, losses, rates, clipped, groups = [], [], [], [], [], [], [], {}
+    old_gradients = []
     batch, encode, decode, backward = World.batch, Tokenizer.encode, Tokenizer.decode, torch.Tensor.backward
     clip_grad_norm = nn.utils.clip_grad_norm_
 
@@ -228,6 +230,7 @@ def test_training_by_hand(folder, monkeypatch, capsys):
 
     def watched_encode(self, video):
         encoded.append((video, 2 * encode(self, video), self.training))  # as if some were large
+        old_gradients.extend(p.grad for p in self.parameters() if p.grad is not None)
         return encoded[-1][1]
 
     def watched_decode(self, tokens):
@@ -239,7 +242,7 @@ def test_training_by_hand(folder, monkeypatch, capsys):
         backward(loss)
 
     def watched_clip(parameters, norm):
-        clipped.append(({p.dim() for p in parameters}, norm))
+        clipped.append(({p.dim() for p in parameters}, norm, all(p.grad.any() for p in parameters)))
         return clip_grad_norm(parameters, norm)
 
     for optimiser in (torch.optim.Muon, torch.optim.AdamW):
@@ -270,7 +273,7 @@ def test_training_by_hand(folder, monkeypatch, capsys):
     lr = [0.1 * min(1, (i + 1) / 100) * (1 - i / 503) for i in steps]
     assert [rate for name, rate in rates if name == "Muon"] == pytest.approx(lr)
     assert [rate for name, rate in rates if name == "AdamW"] == pytest.approx([0.4 * rate for rate in lr])
-    assert clipped == 6 * [({1}, 50.0)]
+    assert clipped[1:] == 5 * [({1}, 50.0, True)] and old_gradients == []
     assert groups["Muon"]["adjust_lr_fn"] == "match_rms_adamw" and groups["Muon"]["weight_decay"] == 0.01
     assert groups["AdamW"]["betas"] == (0.9, 0.95) and groups["AdamW"]["weight_decay"] == 0.01
 

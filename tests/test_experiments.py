@@ -1,0 +1,238 @@
+"""Experiments: what is trained and scored for which line of a table, what is kept, and scores that are their own."""
+from pathlib import Path
+from types import SimpleNamespace
+
+import experiments
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_SAMPLING
+
+from data import world
+from data.files import Bad, save
+from data.video import read_clip, to_float
+
+
+def options(folder, tiny_files, **changes):
+    return SimpleNamespace(**{**dict(name="table5", out=folder / "out", ckpt=tiny_files / "ckpt.pt", clips=2, seeds=2,
+                                     steps=(2,), device="cpu", dtype="float32"), **changes})
+
+
+def test_a_score_is_kept_and_says_how_it_was_sampled(folder, tiny_files, monkeypatch):
+    seen = []
+    monkeypatch.setattr(experiments, "evaluate", lambda model, tokenizer, *args, **named: seen.append(
+        (args, named, torch.rand(1).item())) or {"psnr": 1.0})
+    lab = experiments.Lab(options(folder, tiny_files))
+    lab.score("a")
+    lab.score("b", None, 9, (16, 24), 2, "", temperature=0.3, unmask_steps=1)
+    (one, batch, draw), (two, _, other_draw) = seen
+    out = folder / "out/table5"
+    assert one == (2, 25, (64, 64), TINY_SAMPLING, out / "a.png", 1, None) and batch == {"batch": 16}
+    changed = experiments.replace(TINY_SAMPLING, temperature=0.3, unmask_steps=1)
+    assert two == (2, 9, (16, 24), changed, out / "b.png", 2, "") and draw == other_draw
+    assert experiments.Lab(options(folder, tiny_files)).score("a") == {"psnr": 1.0} and len(seen) == 2
+    for changes in ({"clips": 3}, {"steps": (3,)}):
+        with pytest.raises(Bad, match="it holds results of"):
+            experiments.Lab(options(folder, tiny_files, **changes))
+
+
+def test_clips_are_sampled_from_a_first_frame_or_from_text_alone(folder, tiny_files, monkeypatch):
+    """Opening a model, which is done once, draws nothing."""
+    lab, seen, video = experiments.Lab(options(folder, tiny_files)), [], np.stack([world.clip(i, 9, 16, 24)[0]
+                                                                                   for i in range(2)])
+
+    def generate(model, given, captions, frames, sampling, then):
+        seen.append((given, captions, frames, sampling, then, torch.rand(1).item()))
+        return given.new_zeros(2, frames, 2, 3, 16)
+
+    monkeypatch.setattr(experiments, "generate", generate)
+    for clip in (video, video[:, :0]):
+        torch.manual_seed(0)
+        assert lab.sample(lab.ckpt, clip, ["a", "b"], 9, {1: ["c", "d"]}).shape == (2, 3, 9, 16, 24)
+    with torch.no_grad():
+        want = lab.model(lab.ckpt)[1].encode(to_float(torch.from_numpy(video[:, :1])))
+    assert torch.equal(seen[0][0], want) and seen[1][0].shape == (2, 0, 2, 3, 16)
+    assert seen[0][1:] == seen[1][1:] and seen[0][1:5] == (["a", "b"], 3, TINY_SAMPLING, {1: ["c", "d"]})
+
+
+def test_a_training_is_begun_goes_on_and_is_not_done_again(folder, tiny_files, monkeypatch):
+    calls, code = [], 0
+    monkeypatch.setattr(experiments.subprocess, "run", lambda args, **_: calls.append(args) or SimpleNamespace(
+        returncode=code))
+    lab, out = experiments.Lab(options(folder, tiny_files)), folder / "out/trained/frame-1"
+    assert lab.train("frame", 1, "--attention", "full") == out / "videomar.pt"
+    told = dict(zip(calls[0][2::2], calls[0][3::2]))
+    assert told == {"--out": str(out), "--device": "cpu", "--frames": "5,13,25", "--seed": "1", "--steps": "2,2,2",
+                    "--frame0": "0", "--batch": "8", "--lr": "0.0015", "--attention": "full"}
+    content = torch.load(tiny_files / "ckpt.pt", weights_only=True)
+    for step, count in ((4, 2), (6, 2)):  # stopped, finished
+        save({**content, "step": step, "options": {"steps": (2, 2, 2)}}, out / "ckpt.pt")
+        lab.train("frame", 1, "--attention", "full")
+        assert len(calls) == count and "--resume" in calls[1] and "--frames" not in calls[1]
+    with pytest.raises(Bad, match="trained with --steps"):
+        lab.train("frame", 1, "--attention", "full", steps=[2, 2, 3])
+    code = 1
+    with pytest.raises(Bad, match="exit code 1"):
+        lab.train("frame", 2)
+
+
+def test_means_and_errors_by_hand():
+    assert experiments.mean([1, 2, 6]) == "3.00 ± 1.53" and experiments.mean([2]) == "2.00"
+    one = dict(psnr=30, psnr_error=0.25, psnr_by_frame=[33, 30, 27], gap_closed=0.5, shape=0.9, colour=1,
+               motion_error=2, dynamic_degree=None)
+    assert experiments.cells([one]) == ["30.00 ± 0.25", "33.00", "27.00", "0.50", "0.90", "1.00", "2.00", "nan"]
+    two = {**one, "psnr": 32, "psnr_by_frame": [35, 30, 27], "shape": 0.7}
+    assert experiments.cells([one, two])[:5] == ["31.00 ± 1.00", "34.00 ± 1.00", "27.00 ± 0.00", "0.50 ± 0.00",
+                                                 "0.80 ± 0.10"]
+
+
+class Notes:
+    """Stands in for Lab: it notes what is trained, scored and written. The PSNR of a score is its number."""
+
+    def __init__(self, folder):
+        self.a, self.folder = SimpleNamespace(seeds=2, clips=4, steps=(700, 150, 350)), folder
+        self.ckpt, self.device, self.trained, self.scored = Path("given.pt"), torch.device("cpu"), [], []
+
+    def train(self, name, seed=0, *options, frames="5,13,25", steps=None):
+        self.trained.append((name, seed, options, frames, steps))
+        return f"{name}-{seed}"
+
+    def score(self, key, ckpt=None, frames=25, size=(64, 64), context=1, prompt=None, **changes):
+        number = len(self.scored)
+        self.scored.append((ckpt, frames, size, context, prompt, changes))
+        return dict(psnr=number, psnr_error=0, psnr_by_frame=[100, number, number, number, number + 4], seconds=number,
+                    gap_closed=number / 100, shape=0, colour=0, motion_error=number, dynamic_degree=0)
+
+    def once(self, key, function):
+        return function()
+
+    def table(self, head, rows):
+        assert all(len(row) == len(head) for row in rows)
+        self.rows = rows
+
+
+def test_table4(folder):
+    lab = Notes(folder)
+    experiments.table4(lab)
+    full = ("--attention", "full")
+    assert [one[:3] for one in lab.trained] == [
+        one for seed in range(2) for one in (("total", seed, ("--loss", "total-mask", *full)), ("frame", seed, full),
+                                             ("videomar", seed, ()), ("videomar", seed, ()))]
+    assert [(one[0], one[-1]) for one in lab.scored] == [
+        (f"{name}-{seed}", {"temperature": t}) for seed in range(2)
+        for name, t in (("total", 1.0), ("frame", 1.0), ("videomar", 1.0), ("videomar", "progressive"))]
+    assert [row[1] for row in lab.rows] == [f"{number + 2}.00 ± 2.00" for number in range(4)]
+
+
+def test_each_line_is_of_the_score_that_its_label_tells(folder):
+    for name, of_row in (("table5", lambda row: (25, (64, 64), 1, None, {"temperature": row[0]})),
+                         ("guidance", lambda row: (25, (64, 64), 1, None, {"cfg": row[0], "cfg_schedule": row[1]}))):
+        lab = Notes(folder)
+        experiments.EXPERIMENTS[name](lab)
+        frames = 49 if name == "table5" else 25
+        for number, (row, one) in enumerate(zip(lab.rows, lab.scored, strict=True)):
+            assert one == (None, frames, *of_row(row)[1:]) and row[-8].startswith(f"{number}.00")
+    lab = Notes(folder)
+    experiments.extrapolate(lab)
+    for number, (row, (ckpt, frames, (h, w), *_)) in enumerate(zip(lab.rows, lab.scored, strict=True)):
+        assert row[:2] == [f"{frames}, {h}x{w}", f"{number}.00 ± 0.00"] and ckpt is None
+    lab = Notes(folder)
+    experiments.steps(lab)
+    for number, (*_, changes) in enumerate(lab.scored):
+        row, column = divmod(number, 4)
+        assert changes == {"unmask_steps": lab.rows[row][0], "diffusion_steps": (10, 25, 50, 100)[column]}
+        assert lab.rows[row][1 + column] == f"{number}.00 dB, {number / 4:.2f} s"
+    lab = Notes(folder)
+    experiments.video2video(lab)
+    assert [one[3:] for one in lab.scored] == [(given, "", {}) for given in (1, 2, 3)]
+    assert lab.rows == [[n + 1, f"{n + 1}.00", f"{n}.00"] for n in range(3)]  # of the last four latent frames
+
+
+def test_positions_and_curriculum(folder):
+    lab = Notes(folder)
+    experiments.positions(lab)
+    assert [(one[0], *one[2]) for one in lab.trained[:4]] == [
+        ("videomar", "--position", "rope")] * 2 + [("absolute", "--position", "absolute")] * 2
+    assert [one[0] for one in lab.scored] == ["videomar-0", "videomar-1", "absolute-0", "absolute-1"] * 7
+    assert lab.rows[1] == ["49, 64x64", "4.50 ± 0.50", "6.50 ± 0.50", "0.04 ± 0.01", "0.07 ± 0.01"]
+    assert all(f"{frames}, {h}x{w}" == row[0] for row, (_, frames, (h, w), *_) in zip(lab.rows, lab.scored[::4]))
+    lab = Notes(folder)
+    experiments.curriculum(lab)
+    equal = (700 * 2 + 150 * 3 + 350 * 4.5) / 4.5  # the mean of t + 1 over t = 1 ... T - 1, T = 2, 4, 7 latent frames
+    assert [one[3:] for one in lab.trained] == [("5,13,25", [700, 150, 350])] * 2 + [("25", [round(equal)])] * 2
+    assert [row[:3] for row in lab.rows] == [["5, 13, 25", "700+150+350", "0.50 ± 0.50"],
+                                             ["25", str(round(equal)), "2.50 ± 0.50"]]
+
+
+def test_blinking_cats_and_their_score(folder):
+    """Closed in the second of three latent frames. Who never closes them is right in the frames that are left."""
+    lab = Notes(folder)
+    for seed, colour in enumerate(world.COLOURS):
+        video, caption, eyes, closed = experiments.blinking(seed)
+        assert closed.nonzero()[0].tolist() == [*range(5, 9), *range(17, 21)] and f"a {colour} cat blinks on" in caption
+        assert (video[:, eyes].mean((1, 2)) > 1.5 * video[0][eyes].mean()).tolist() == closed.tolist()
+    for shown, psnr, eyes in ((lambda truth: truth, 50, 1), (lambda truth: truth[:, :1].repeat(25, 1), None, 16 / 24)):
+        lab.sample = lambda ckpt, truth, captions, frames: to_float(torch.from_numpy(shown(truth)))
+        score = experiments.score_blinking(lab, None, "a", range(4))
+        assert score["eyes"] == pytest.approx(eyes) and (psnr is None or score["psnr"] == pytest.approx(psnr, abs=0.1))
+    given = []
+    lab.sample = lambda ckpt, truth, captions, frames: given.append((ckpt, captions)) or to_float(
+        torch.from_numpy(truth))
+    experiments.finetune(lab)
+    others, own = ([experiments.blinking(seed)[1] for seed in seeds] for seeds in (range(1000, 1016), range(8)))
+    assert given == [(lab.ckpt, others), ("blink-0", others), ("blink-0", own)]
+    (name, _, told, frames, steps), = lab.trained
+    told = dict(zip(told[::2], told[1::2]))
+    assert told["--init"] == lab.ckpt and told["--data"] == folder / "clips" and (frames, steps) == ("25", [800])
+    assert np.array_equal(read_clip(folder / "clips/3.webp", (64, 64), 25, fps=12), experiments.blinking(3)[0])
+    assert (folder / "clips/3.txt").read_text().strip() == own[3]
+
+
+def test_text2video_reads_what_was_generated_and_what_is_drawn(folder):
+    """Of two clips, each of which shows the other's caption; the read-out itself is right."""
+    lab = Notes(folder)
+    lab.a.clips = 1
+    scenes = {scene.caption(): scene for scene in (world.scene(seed, held_out=True) for seed in range(100))}
+
+    def sample(ckpt, nothing, captions, frames):
+        assert nothing.shape == (2, 0, 64, 64, 3) and all(len(scenes[caption].sprites) == 1 for caption in captions)
+        clips = np.stack([world.render(scenes[caption], frames, 64, 64) for caption in captions[::-1]])
+        return to_float(torch.from_numpy(clips))
+
+    lab.sample = sample
+    experiments.text2video(lab)
+    assert [row[1:] for row in lab.rows] == [["0.00", "0.00", "0.00"], ["1.00", "1.00", "1.00"]]
+
+
+@pytest.mark.parametrize("direction", world.DIRECTIONS)
+def test_a_sprite_is_read_from_its_pixels(monkeypatch, direction):
+    monkeypatch.setattr(experiments, "best_shape", lambda mask, radii, angle: (mask.sum(), radii[0], radii[-1], angle))
+    scene = world.Scene([world.Sprite("circle", "blue", f"moves {direction} slowly", 0.5, 0.5, 0.15)], "green", 2.0)
+    (area, *searched), *read = experiments.read_sprite(world.render(scene, 25, 64, 96), "green")
+    assert read == ["blue", direction] and area == pytest.approx(np.pi * (0.9 * 0.15 * 64) ** 2, rel=0.1)
+    assert searched == pytest.approx([0.11 * 64, 0.2 * 64, 0])
+
+
+def test_then_measures_the_motion_after_the_change(folder):
+    """Of clips that stand still: the way that the sprites go from there on."""
+    lab, asked = Notes(folder), []
+
+    def sample(ckpt, truth, captions, frames, then=None):
+        asked.append((truth, captions, then))
+        return to_float(torch.from_numpy(truth[:, 12:13].repeat(frames, 1)))
+
+    lab.sample = sample
+    experiments.then(lab)
+    (truth, captions, without), (_, again, later) = asked
+    scenes = [world.scene(seed, held_out=True) for seed in range(4)]
+    assert without is None and captions == again == [scene.caption() for scene in scenes]
+    for video, scene in zip(truth, scenes):
+        assert np.array_equal(video[:13], world.render(scene, 13, 64, 64))
+    changed = [world.with_changes(scene, seed, 12) for seed, scene in enumerate(scenes)]
+    assert later == {4: [scene.caption() for scene in changed]}  # latent frame 4 begins with pixel frame 13
+    errors = []
+    for scene, video in zip(changed, truth):
+        places = experiments.centres(experiments.sprite_masks(video, scene))
+        errors.append(np.hypot(*(places[:, 24] - places[:, 12]).T).mean())
+    want = f"{np.mean(errors):.2f} ± {np.std(errors) / 2:.2f}"
+    assert [row[1] for row in lab.rows] == [want, want] and np.mean(errors) > 1
