@@ -61,14 +61,19 @@ class Lab:
         self.start, self.bar = time.time(), tqdm(desc=a.name, unit=" parts")
 
     def train(self, name, seed=0, *options, frames="5,13,25", steps=None):
-        """The path of a checkpoint of train.py, whose run goes on where it was stopped. Equal names share one."""
-        out, steps = self.a.out / "trained" / f"{name}-{seed}", list(steps or self.a.steps)
+        """The path of a checkpoint of train.py, whose run goes on where it was stopped. Equal names share one.
+
+        What begins with a checkpoint lies in the experiment's folder, which does not take results of another one.
+        """
+        place = self.folder if "--init" in options else self.a.out / "trained"
+        out, steps = place / f"{name}-{seed}", list(steps or self.a.steps)
         if len(steps) == 1:
             steps *= len(frames.split(","))
         self.bar.set_postfix_str(f"training {out.name}")
         arguments = [sys.executable, ROOT / "train.py", "--out", out]
-        if self.a.device:
-            arguments += ["--device", self.a.device]
+        for option in ("device", "dtype"):
+            if getattr(self.a, option):
+                arguments += [f"--{option}", getattr(self.a, option)]
         if (out / "ckpt.pt").exists():
             earlier = load_checkpoint(out / "ckpt.pt")
             earlier_steps = list(earlier["options"]["steps"])

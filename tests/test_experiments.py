@@ -62,8 +62,8 @@ def test_a_training_is_begun_goes_on_and_is_not_done_again(folder, tiny_files, m
     lab, out = experiments.Lab(options(folder, tiny_files)), folder / "out/trained/frame-1"
     assert lab.train("frame", 1, "--attention", "full") == out / "videomar.pt"
     told = dict(zip(calls[0][2::2], calls[0][3::2]))
-    assert told == {"--out": str(out), "--device": "cpu", "--frames": "5,13,25", "--seed": "1", "--steps": "2,2,2",
-                    "--frame0": "0", "--batch": "8", "--lr": "0.0015", "--attention": "full"}
+    assert told == {"--out": str(out), "--device": "cpu", "--dtype": "float32", "--frames": "5,13,25", "--seed": "1",
+                    "--steps": "2,2,2", "--frame0": "0", "--batch": "8", "--lr": "0.0015", "--attention": "full"}
     content = torch.load(tiny_files / "ckpt.pt", weights_only=True)
     for step, count in ((4, 2), (6, 2)):  # stopped, finished
         save({**content, "step": step, "options": {"steps": (2, 2, 2)}}, out / "ckpt.pt")
@@ -71,6 +71,8 @@ def test_a_training_is_begun_goes_on_and_is_not_done_again(folder, tiny_files, m
         assert len(calls) == count and "--resume" in calls[1] and "--frames" not in calls[1]
     with pytest.raises(Bad, match="trained with --steps"):
         lab.train("frame", 1, "--attention", "full", steps=[2, 2, 3])
+    lab.train("blink", 0, "--init", lab.ckpt)
+    assert str(lab.folder / "blink-0") in calls[-1]  # not where trainings of another checkpoint may lie
     code = 1
     with pytest.raises(Bad, match="exit code 1"):
         lab.train("frame", 2)

@@ -80,10 +80,11 @@ def count_measured(monkeypatch):
 
 
 def test_latents_of_two_cosmos_tokenizers_are_not_mixed(folder, monkeypatch):
-    counts = count_measured(monkeypatch)
     """And what goes on after a kill keeps mean and std of the beginning."""
+    counts = count_measured(monkeypatch)
     for i in range(4):
         write_video(folder / f"clips/{i}.gif", world.clip(i, 9, 16, 16)[0], 12)
+
     def encode(cosmos):
         write_latents(Folder(folder / "clips"), folder / "latents", cosmos, 9, (16, 16), "cpu", each=2)
 
