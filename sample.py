@@ -278,7 +278,7 @@ def main():
     written = [*paths, strip] + ([watched] if a.watch else [])
     for path in written:
         check_writable(path)
-    if realpath(source) in map(realpath, written):
+    if source.exists() and realpath(source) in map(realpath, written):
         raise Bad(f"{source}: what is read would be overwritten; name another place with --out")
     keep = kept_tokens(a.box, size, tokenizer.stride).to(device) if a.box else None
     then = later_prompts(a, given_frames, frames, stride, model.config)

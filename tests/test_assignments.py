@@ -21,7 +21,7 @@ WRONG = [
      "min(cosine, left - 1)\n        if stay < 0:\n            return counts + [left - stay]", "the counts sum to 65"),
     (1, "(len(counts) + 1) / steps", "len(counts) / steps", "after step 1 63 tokens stay masked"),
     (1, "math.cos(math.pi / 2 * (len(counts) + 1) / steps)",
-     "torch.cos(torch.tensor(math.pi / 2 * (len(counts) + 1) / steps))", "unmask_counts(1000000, 64): after step"),
+     "torch.cos(torch.tensor(math.pi / 2 * (len(counts) + 1) / steps))", "in double precision: after step"),
     (1, "10.0 ** -(j + 1)", "10.0 ** -(j + 2)", "progressive_temperature(0) is 0.91"),
     (1, "0.9 + 10.0 ** -(j + 1)", "1 - 0.1 * (j > 0)", "progressive_temperature(1) is 0.9"),
     (1, "while left:", "for _ in range(steps - 1):", "the counts sum to 45"),

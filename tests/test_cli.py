@@ -366,6 +366,7 @@ BAD = [
     ([*CAT, "--then", "5", "a", "--then", "6", "b"], ["--then 5 6", "4 pixel frames"]),
     ([*CAT, "--then", "5", "a", "--no-cache"], ["--then", "leave out --no-cache"]),
     (["--video", "one.png", "--out", "one.png"], ["one.png", "overwritten", "--out"]),
+    (["--video", "out/none.gif", "--prompt", ""], ["out/none.gif", "No such file"]),
     ([*CAT, "--out", "."], ["--out ."]),
     ([*CAT, "--out", ".."], ["--out .."]),
     ([*CAT, "--out", "folder.gif"], ["folder.gif", "is a folder"]),
