@@ -161,17 +161,23 @@ def test_mp4(folder):
     assert "4 clips" in Folder(folder / "clips").about
 
 
-@pytest.mark.skipif(not HAS_AV, reason="needs av")
-def test_mp4_with_many_key_frames(folder):
-    """Reading begins at the one before the first picture that is asked for."""
+def write_mp4_with(video, setting, value):
+    """a.mp4 of uint8 frames (frames, H, W, 3), with a setting of the encoder that `write_video` leaves alone."""
     import av
-    video = np.repeat(np.arange(0, 240, 8, dtype=np.uint8), 32 * 32 * 3).reshape(30, 32, 32, 3)
     with av.open("a.mp4", "w") as file:
-        stream = file.add_stream("libx264", rate=10, width=32, height=32, pix_fmt="yuv420p")
-        stream.gop_size = 5
+        _, height, width, _ = video.shape
+        stream = file.add_stream("libx264", rate=10, width=width, height=height, pix_fmt="yuv420p")
+        setattr(stream.codec_context, setting, value)
         for frame in video:
             file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
         file.mux(stream.encode())
+
+
+@pytest.mark.skipif(not HAS_AV, reason="needs av")
+def test_mp4_with_many_key_frames(folder):
+    """Reading begins at the one before the first picture that is asked for."""
+    video = np.repeat(np.arange(0, 240, 8, dtype=np.uint8), 32 * 32 * 3).reshape(30, 32, 32, 3)
+    write_mp4_with(video, "gop_size", 5)
     for place, first in ((0.0, 0), (0.5, 9), (1.0, 18)):
         got = read_clip(folder / "a.mp4", (32, 32), 12, place=place)
         assert abs(got.astype(int) - video[first:first + 12]).max() < 6
@@ -283,16 +289,9 @@ def test_a_video_is_read_as_the_phone_was_held(folder, angle, matrix):
 @pytest.mark.parametrize("ratio", [Fraction(2, 1), Fraction(1, 2)])
 def test_a_video_of_pixels_that_are_not_square(folder, ratio):
     """A disc stays a disc, as a player shows it."""
-    import av
     y, x = np.mgrid[:64, :64] - 31.5
     disc = ((x * float(ratio)) ** 2 + y ** 2 < 12 ** 2).astype(np.uint8) * 255
-    with av.open("a.mp4", "w") as file:
-        stream = file.add_stream("libx264", rate=10, width=64, height=64, pix_fmt="yuv420p")
-        stream.codec_context.sample_aspect_ratio = ratio
-        for _ in range(3):
-            frame = av.VideoFrame.from_ndarray(np.repeat(disc[..., None], 3, -1), format="rgb24")
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode())
+    write_mp4_with(np.repeat(disc[None, ..., None], 3, 0).repeat(3, -1), "sample_aspect_ratio", ratio)
     height, width = (64, 128) if ratio == 2 else (64, 32)
     white = read_clip(folder / "a.mp4", (height, width), 3)[1, :, :, 0] > 128
     assert white[32].sum() == pytest.approx(24, abs=2) and white[:, width // 2].sum() == pytest.approx(24, abs=2)
