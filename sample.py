@@ -10,7 +10,7 @@ from os.path import realpath, relpath
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from einops import reduce
 from tqdm import tqdm
 
 from data.files import DATA, Bad, Parser, check_writable, choose_hardware, load, number, run, sizes
@@ -83,7 +83,7 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
     # One frame after the other; a model of the total-mask loss fills all of them as one large picture.
     groups = [(t, t + 1) for t in range(n_given, frames)] if next_frame else [(n_given, frames)]
     for begin, end in tqdm(groups, "latent frames", disable=not progress):
-        if cache and cache.length < begin * n:  # one pass stores the keys and values of given or finished frames
+        if cache is not None and cache.length < begin * n:  # store keys and values of finished frames
             hidden(cache.length // n, begin, torch.empty(batch, 0, dtype=torch.long, device=device))
             cache.length = begin * n
         if then and begin in then:
@@ -95,7 +95,7 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
         places = begin * n + (~known[begin * n:end * n]).nonzero()[:, 0]  # (count,)
         order = places[torch.rand(batch, len(places), device=device).argsort(1)]  # (batch, count), random (MAR)
         counts = unmask_counts(len(places), now.unmask_steps * (end - begin))
-        first = begin if cache else 0  # earlier frames are in the cache
+        first = 0 if cache is None else begin  # earlier frames are in the cache
         stop = end if causal else frames  # full attention reads the later [MASK]s, too
         steps = tqdm(order.split(counts, 1), "steps", leave=False, disable=not progress)
         for step, chosen in enumerate(steps, 1):
@@ -165,13 +165,10 @@ def add_model_options(parser):
     add = parser.add_argument
     add("--frames", type=number(int, 1, 10**6), help="pixel frames, 1 + a multiple of the stride (the checkpoint's)")
     add("--size", type=sizes("64x64"), help="HEIGHTxWIDTH of what is generated (the checkpoint's)")
-    add("--steps", dest="unmask_steps", type=number(int, 1), help="unmasking steps a latent frame, ten times "
-        "as many for a frame 0 that is not given (the checkpoint's)")
+    add("--steps", dest="unmask_steps", type=number(int, 1), help="unmasking steps a latent frame (the checkpoint's)")
     add("--diffusion-steps", type=number(int, 2, 1000), help="diffusion steps a token (the checkpoint's)")
-    add("--cfg", type=number(float, 0, 100), help="guidance, 1 is none; at least 5 for a frame 0 that is "
-        "not given (the checkpoint's)")
-    add("--temperature", type=progressive_or_number, help="progressive, or a number; 0.8 for a frame 0 "
-        "that is not given (the checkpoint's)")
+    add("--cfg", type=number(float, 0, 100), help="guidance, 1 is none (the checkpoint's)")
+    add("--temperature", type=progressive_or_number, help="progressive, or a number (the checkpoint's)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="the same seed gives the same clip (0)")
     add("--no-cache", action="store_true", help="compute all earlier frames again at every step: slower (off)")
     add("--ckpt", type=Path, help="checkpoint (out/videomar.pt if there is one, else data/videomar.pt)")
@@ -182,7 +179,8 @@ def add_model_options(parser):
 
 
 def options_parser():
-    parser = Parser(description="Make a video of a picture, or continue a clip.")
+    parser = Parser(description="Make a video of a picture, or continue a clip. A frame 0 that is not given takes ten "
+                                "times --steps, --cfg 5 or more, and --temperature 0.8.")
     source = parser.add_mutually_exclusive_group()
     given = parser.add_mutually_exclusive_group()
     source.add_argument("--img", type=Path, help="the first frame; a bare name is also looked up in data/ (none)")
@@ -230,24 +228,14 @@ def kept_tokens(box, size, stride):
     region[box] = True
     if not region.any():
         raise Bad(f"--box: no pixel of {size[0]}x{size[1]} lies in it; give y0,x0,y1,x1")
-    return F.max_pool2d(region[None].float(), stride[1:])[0] == 0
-
-
-def check(a):
-    """Raises Bad for options that are wrong whatever the checkpoint is."""
-    if not (a.img or a.video) and a.prompt is None:
-        raise Bad("nothing to start from: give --img PICTURE (try --img cat.png), --video CLIP or --prompt TEXT")
-    if (a.box or a.context) and not a.video:
-        raise Bad("--box, --context: they tell what of a clip is given; name it with --video")
-    if a.out:
-        check_out(a.out)
+    return ~reduce(region, "(h p) (w q) -> h w", "any", p=stride[1], q=stride[2])
 
 
 def later_prompts(a, given_frames, frames, stride, config):
     """--then as `generate` takes it: {latent frame: captions}. frames, given_frames: in pixel frames. Raises Bad."""
     if a.then and (a.no_cache or a.box or not config.cuts):
         raise Bad("--then: it needs the cache of a causal next-frame model; leave out --no-cache and --box")
-    then = {-(-int(frame) // stride): [prompt] * a.n for frame, prompt in a.then if frame.isdecimal()}
+    then = {(int(frame) + stride - 1) // stride: [prompt] * a.n for frame, prompt in a.then if frame.isdecimal()}
     if len(then) < len(a.then) or not all(given_frames <= stride * t < frames for t in then):
         named = " ".join(frame for frame, _ in a.then)
         raise Bad(f"--then {named}: give pixel frames that are generated, from {given_frames} to {frames - 1}, each "
@@ -257,7 +245,12 @@ def later_prompts(a, given_frames, frames, stride, config):
 
 def main():
     a = options_parser().parse_args()
-    check(a)
+    if not (a.img or a.video) and a.prompt is None:
+        raise Bad("nothing to start from: give --img PICTURE (try --img cat.png), --video CLIP or --prompt TEXT")
+    if (a.box or a.context) and not a.video:
+        raise Bad("--box, --context: they tell what of a clip is given; name it with --video")
+    if a.out:
+        check_out(a.out)
     model, tokenizer, _, sampling, frames, size, autocast = open_model(a)
     device, stride = next(model.parameters()).device, tokenizer.stride[0]
     latent_frames = 1 + (frames - 1) // stride
@@ -269,8 +262,9 @@ def main():
         made = latent_frames - n_given
         given_frames = pixel_frames(n_given, frames, stride)
     source = find(a.img or a.video or Path("clip"))  # from text alone: what is written is named clip
-    prompt = a.prompt if a.prompt is not None else caption_of(source)
-    beside = f" (beside {relpath(source)})" if prompt and a.prompt is None else ""
+    prompt, beside = a.prompt, ""
+    if prompt is None:
+        prompt, beside = caption_of(source), f" (beside {relpath(source)})"
     print(f"prompt: {prompt[:200]!r}{beside}" if prompt else "prompt: none; --prompt TEXT tells what happens")
     out = a.out or Path(f"out/{source.stem}.gif")
     paths = [out if a.n == 1 else out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(a.n)]

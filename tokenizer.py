@@ -10,6 +10,7 @@ in for the classes here.
     python tokenizer.py                              trains one of stride 4x8x8, for the first resolution
     python tokenizer.py --encode DIR --out LATENTS   encodes your clips once, for train.py --data LATENTS
 """
+import math
 import re
 import zlib
 from functools import lru_cache
@@ -217,10 +218,7 @@ def check_tokens(tokenizer, packed, owner):
 
 
 def check_size(stride, frames, height, width):
-    """Raises Bad, naming the nearest that works, unless the stride divides the size and the frames after the first.
-
-    Also for more than 2^30 pixels.
-    """
+    """Raises Bad, naming what works, unless the stride divides size and frames - 1; also above 2^30 pixels."""
     s, p, q = stride
     if frames < 1 or (frames - 1) % s:
         low = 1 + max(0, (frames - 1) // s) * s
@@ -248,7 +246,7 @@ class Words(nn.Module):
     def forward(self, captions):
         """list of str -> states (batch, word, dim), mask (batch, word), True at words. Long captions are cut."""
         words = [re.findall(r"\w+", caption.lower())[:self.longest] for caption in captions]
-        count = -(-max(1, *map(len, words)) // 8) * 8  # in eights: the CPU's kernels are made for each shape
+        count = 8 * math.ceil(max(1, *map(len, words)) / 8)  # in eights: the CPU's kernels are made for each shape
         ids = [[zlib.crc32(word.encode()) % self.buckets for word in caption] for caption in words]
         ids = [row + [self.buckets] * (count - len(row)) for row in ids]
         ids = torch.tensor(ids, device=self.table.weight.device)  # (batch, word)
@@ -296,7 +294,7 @@ class Pretrained(nn.Module):
     def forward(self, captions):
         """list of str -> states (batch, token, dim), mask (batch, token), True at tokens. Long captions are cut."""
         states = [self.states_of(caption) for caption in captions]
-        width = -(-max(map(len, states)) // 8) * 8
+        width = 8 * math.ceil(max(map(len, states)) / 8)
         mask = torch.arange(width) < torch.tensor([[len(s)] for s in states])
         states = torch.stack([F.pad(s, (0, 0, 0, width - len(s))) for s in states])
         return states.to(self.device), mask.to(self.device)
@@ -312,8 +310,7 @@ def options_parser():
     parser = Parser(description="Train the video tokenizer, or encode clips with one")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--data", type=Path, help="folder of clips to train on (the drawn world)")
-    source.add_argument("--encode", type=Path, help="write the latents of the clips in this folder to --out, whatever "
-                                                    "--dtype is (off)")
+    source.add_argument("--encode", type=Path, help="write the latents of the clips in this folder to --out (off)")
     add = parser.add_argument
     add("--tokenizer", type=Path, help="with --encode: a file of ours, or the folder of a Cosmos-Tokenizer (the one "
                                        "that ships); else: a file of ours, whose decoder alone is trained (a new one)")
@@ -356,20 +353,20 @@ def main():
     torch.manual_seed(a.seed)
     if a.encode:
         return encode(a, device)
-    stride, width = a.stride or (4, 8, 8), a.width or 192
     if a.tokenizer:
         tokenizer = open_tokenizer(a.tokenizer, None, device).requires_grad_(True)
-        stride, width = tokenizer.stride, tokenizer.settings["width"]
-    _, p, q = stride
-    if p != q or p < 2 or p & (p - 1) or p > width:
-        raise Bad(f"--stride: rows and columns must be equal, and 2, 4, 8, 16 or so on up to --width {width}, "
-                  f"not {p} and {q}")
-    check_size(stride, a.frames, *a.size)
-    if not a.tokenizer:
+        part, stride = tokenizer.decoder, tokenizer.stride  # part: what is trained
+        check_size(stride, a.frames, *a.size)
+    else:
+        stride, width = a.stride or (4, 8, 8), a.width or 192
+        _, p, q = stride
+        if p != q or p < 2 or p.bit_count() > 1 or p > width:  # a power of 2 has one bit
+            raise Bad(f"--stride: rows and columns must be equal, and 2, 4, 8, 16 or so on up to --width {width}, "
+                      f"not {p} and {q}")
+        check_size(stride, a.frames, *a.size)
         if (a.batch, a.frames, a.size) == (1, 1, (p, q)):
             raise Bad("one token a step has no variance; give a larger --batch or --size, or more --frames")
-        tokenizer = Tokenizer(stride, width=width).to(device)
-    part = tokenizer.decoder if a.tokenizer else tokenizer  # what is trained
+        tokenizer = part = Tokenizer(stride, width=width).to(device)
     matrices = [w for w in part.parameters() if w.dim() == 2]
     vectors = [w for w in part.parameters() if w.dim() < 2]
     muon = torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
@@ -394,9 +391,9 @@ def main():
                 tokens = tokenizer.encode(video)
             std = 0.5 * torch.rand(a.batch, 1, 1, 1, 1, device=device)  # about the error of the model's tokens
             decoded = tokenizer.decode(tokens + std * torch.randn_like(tokens))
-        # By the logarithm each clip counts alike, as in PSNR. Tokens beyond 3 cost: outliers are hard to model.
-        loss = (decoded - video).square().mean((1, 2, 3, 4)).log().mean() + F.relu(tokens.abs() - 3).square().mean()
-        loss.backward()
+        error = (decoded - video).square().mean((1, 2, 3, 4)).log().mean()  # as in PSNR, each clip counts alike
+        outliers = F.relu(tokens.abs() - 3).square().mean()  # a token beyond 3 would be hard to model
+        (error + outliers).backward()
         nn.utils.clip_grad_norm_(vectors, 50.0)  # the size of Muon's steps does not depend on the gradients'
         for optimiser in (muon, adamw):
             optimiser.step()
@@ -407,8 +404,9 @@ def main():
                 tokens = tokenizer.eval().encode(held_out)
                 score = psnr(tokenizer.decode(tokens), held_out).mean()
             bar.write(f"step {step + 1}: PSNR of 32 clips {score:.2f} dB, largest token {tokens.abs().max():.1f}")
-    clips = "".join(f" --{name} {value}" for name, value in (("data", a.data), ("fps", a.fps)) if value)
-    print(f"wrote {path}; python train.py --tokenizer {path}{clips} trains on it")
+    clips = f" --data {a.data}" if a.data else ""
+    fps = f" --fps {a.fps}" if a.fps else ""
+    print(f"wrote {path}; python train.py --tokenizer {path}{clips}{fps} trains on it")
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def stage_steps(frames, steps, table):
         return [table.get(length, table[max(table)]) for length in frames]
     if len(steps) not in (1, len(frames)):
         raise Bad(f"--steps has {len(steps)} numbers for {len(frames)} stages; give one, or one for each stage")
-    return list(steps) * (len(frames) // len(steps))
+    return list(steps) if len(steps) > 1 else [steps[0]] * len(frames)
 
 
 def get_lr(a, step):
@@ -235,7 +235,8 @@ def estimate_psnr(a, stage, ema, sampling, tokenizer, source, device):
     truth = tokenizer.decode(latents) if source.packed else to_float(clips)
     video = tokenizer.decode(generate(ema.eval(), latents[:, :1], captions, latents.shape[1], sampling))
     path = a.out / f"stage{stage + 1}-{a.frames[stage]}.png"
-    write_strip(path, [to_uint8(clip) for pair in zip(truth, video) for clip in pair], tokenizer.stride[0], rows=2)
+    pairs = torch.stack([truth, video], 1).flatten(0, 1)  # each truth, and its sample
+    write_strip(path, [to_uint8(clip) for clip in pairs], tokenizer.stride[0], rows=2)
     return psnr(video[:, :, 1:], truth[:, :, 1:]).mean().item(), path
 
 
@@ -244,12 +245,12 @@ def save_checkpoints(a, step, model, ema, optimisers, tokenizer, sampling, sourc
     options = {name: value for name, value in vars(a).items() if name not in OF_THIS_RUN}
     options.update({name: getattr(model.config, name) for name in ABLATIONS})
     options["data"] = a.data and str(a.data.absolute())  # a path is no plain value, and the current folder may change
-    about = {"kind": "videomar", "format": FORMAT, "step": step, "config": asdict(model.config),
-             "sampling": asdict(sampling), "tokenizer": tokenizer.pack(), "text": model.text.name, "frames": a.frames,
-             "size": a.size, "data": source.about, "files": source.files, "options": options}
+    both = {"kind": "videomar", "format": FORMAT, "step": step, "config": asdict(model.config),
+            "sampling": asdict(sampling), "tokenizer": tokenizer.pack(), "text": model.text.name, "frames": a.frames,
+            "size": a.size, "data": source.about, "files": source.files, "options": options}
     averaged, states = ema.state_dict(), [optimiser.state_dict() for optimiser in optimisers]
-    save({**about, "ema": averaged, "model": model.state_dict(), "optimisers": states}, a.out / "ckpt.pt")
-    save({**about, "ema": {name: value.half().cpu() for name, value in averaged.items()}}, a.out / "videomar.pt")
+    save({**both, "ema": averaged, "model": model.state_dict(), "optimisers": states}, a.out / "ckpt.pt")
+    save({**both, "ema": {name: value.half().cpu() for name, value in averaged.items()}}, a.out / "videomar.pt")
 
 
 def start_ranks(device):
@@ -289,27 +290,27 @@ def main():
     # ------------------------------------------------------------------------------------------------------- loop
     signals, stop = [], 0
     for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, lambda number, frame: signals.append(number))
+        signal.signal(kind, lambda kind, frame: signals.append(kind))
     if rank == 0:
         lock_file = lock(a.out)  # noqa: F841, an open file keeps the lock
         if not a.resume:
             set_aside(a.out / "ckpt.pt")
             set_aside(a.out / "log.csv")
-        log = open(a.out / "log.csv", "a" if a.resume else "w", buffering=1)  # --resume after a kill repeats lines
-        if not a.resume:
+        log = open(a.out / "log.csv", "a", buffering=1)  # --resume after a kill repeats lines
+        if log.tell() == 0:
             print("step,stage,t,loss,lr,seconds", file=log)
         print(f"model      {a.preset}, {sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dtype}")
         print(f"data       {source.about}, {a.size[0]}x{a.size[1]}, batches of {a.batch} in {a.parts} parts")
         print(f"stages     frames {a.frames}, steps {a.steps}; checkpoints and film strips in {a.out}", flush=True)
     schedule = make_schedule(a, tokenizer.stride[0])
-    load = partial(get_batch, a, source, model.config, tokenizer.stride[0], schedule)
+    batch_of = partial(get_batch, a, source, model.config, tokenizer.stride[0], schedule)
     if not source.processes:
         workers = 4  # threads: reading files waits for the disk
     elif device.type == "cpu":
         workers = 0  # the cores are busy: a step took a fifth longer with the drawing beside it
     else:
         workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    batches = read_ahead(load, range(step, total), workers, source.processes)
+    batches = read_ahead(batch_of, range(step, total), workers, source.processes)
     start, bar = time.time(), tqdm(total=total, initial=step, disable=rank > 0, smoothing=0.05, mininterval=1)
     while step < total and not stop:
         tick = time.time()
@@ -346,7 +347,7 @@ def main():
             decay = min(EMA, 1 - 30 / (step + 30))
             for average, weight in zip(ema.parameters(), model.parameters()):
                 average.lerp_(weight, 1 - decay)
-        if not norm.isfinite():  # read last, since a GPU stands still while its results are waited for
+        if not norm.isfinite():  # read last: to read a number, the CPU waits until the GPU has nothing left to do
             again = "give --resume, or start anew if nothing was saved yet"
             raise Bad(f"step {step}: the gradients are not finite; {again}, and --lr {a.lr / 2:g} or lower")
         if rank == 0:

@@ -67,10 +67,11 @@ def sizes(like):
     sign = "," if "," in like else "x"
 
     def parse(text):
-        numbers = tuple(map(int, text.split(sign))) if re.fullmatch(rf"\d+({sign}\d+)*", text) else ()
-        if not numbers or 0 in numbers or sign == "x" and len(numbers) != len(like.split("x")):
+        words = text.split(sign)
+        as_many = sign == "," or len(words) == len(like.split("x"))
+        if not as_many or not all(word.isdecimal() and int(word) > 0 for word in words):
             raise argparse.ArgumentTypeError(f"{text!r} should be whole numbers such as {like}")
-        return numbers
+        return tuple(map(int, words))
     return parse
 
 

@@ -58,18 +58,17 @@ class Latents(Source):
         if len(shards) != settings["shards"] or not self.clips:
             raise Bad(f"{folder}: {len(self.clips)} clips in {len(shards)} shards, of which there should be "
                       f"{settings['shards']}; run tokenizer.py --encode again")
-        self.size, self.frames, self.stride = settings["size"], settings["frames"], self.packed["stride"]
+        self.size, self.frames = settings["size"], settings["frames"]
         self.files = [settings["files"], settings["crc"]]
         self.about = f"{folder}: {len(self.clips)} clips of latents, {self.frames} frames {self.size[0]}x{self.size[1]}"
 
-    def batch(self, seeds, frames, size, length=None, change_until=0):
-        """-> latents float32 (batch, T, h, w, C), captions."""
+    def draw(self, seed, frames, size, length=None, change_until=0):
+        """The latents of a clip, float32 (T, h, w, C), and its caption."""
         if size != self.size or (length or frames) > self.frames:
             raise Bad(f"{self.about}; give --frames {self.frames} or fewer, and leave --size out")
-        latent_frames = 1 + (frames - 1) // self.stride[0]
-        drawn = [self.clips[np.random.default_rng((seed, 1)).integers(len(self.clips))] for seed in seeds]
-        latents = torch.stack([shard["latents"][row, :latent_frames].float() for shard, row in drawn])
-        return latents, [shard["captions"][row] for shard, row in drawn]
+        shard, row = self.clips[np.random.default_rng((seed, 1)).integers(len(self.clips))]
+        latent_frames = 1 + (frames - 1) // self.packed["stride"][0]
+        return shard["latents"][row, :latent_frames].float().numpy(), shard["captions"][row]
 
 
 def open_source(path=None, fps=None, out=None):

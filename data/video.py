@@ -3,6 +3,7 @@
 Pillow reads what it can; .mp4, .webm, .mov and .mkv go through av (pip install av).
 """
 import errno
+import math
 import signal
 import sys
 import zlib
@@ -29,7 +30,8 @@ ANIMATIONS = (".gif", ".webp", ".apng")
 # ------------------------------------------------------------------------------------------------------ reading
 def find(path):
     """The path, or the file of this name in data/ if there is none in the current folder."""
-    return DATA / path if not path.exists() and (DATA / path).exists() else path
+    shipped = DATA / path
+    return shipped if shipped.exists() and not path.exists() else path
 
 
 def caption_of(path):
@@ -44,7 +46,7 @@ def caption_of(path):
 def to_rgb(image):
     """A picture of any mode -> RGB, upright; transparent pixels become white, 16 bits become 8."""
     image = ImageOps.exif_transpose(image)
-    if image.mode == "F" or image.mode == "I" and image.getextrema()[1] > 65535:
+    if image.mode == "F" or (image.mode == "I" and image.getextrema()[1] > 65535):
         raise OSError(errno.EINVAL, "32 bits a pixel, where 8 or 16 can be read")
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
@@ -53,7 +55,7 @@ def to_rgb(image):
 
 @lru_cache(100_000)  # of an animation or a video it reads the whole file
 def timeline(path, changed):
-    """When each picture of a clip appears, and when the last one goes, in seconds.
+    """When each picture of a clip appears, and at last when the last one goes, in seconds.
 
     changed: the time of the file's last change, for the cache.
     """
@@ -62,43 +64,42 @@ def timeline(path, changed):
             stream = file.streams.video[0]
             start = stream.start_time or 0  # a file cut without a new encoding has packets before it
             shown = [p.pts for p in file.demux(stream) if p.pts is not None and p.pts >= start]
-            times = (np.sort(shown) - min(shown)) * float(stream.time_base)
-        return times, times[-1] + float(1 / (stream.average_rate or 25))
+            times = np.sort(shown) * float(stream.time_base)
+        return np.append(times, times[-1] + float(1 / (stream.average_rate or 25)))
     durations = []
     with Image.open(path) as image:
         for frame in ImageSequence.Iterator(image):
             frame.load()  # a WebP tells the duration only then
             durations.append((frame.info.get("duration") or 100) / 1000)
-    ends = np.cumsum(durations)
-    return ends - durations, ends[-1]
+    return np.cumsum([0, *durations])
 
 
 def pictures(path, frames, fps, place, length):
     """Yields the pictures that `read_clip` returns, in their full size."""
-    times, seconds = timeline(path, path.stat().st_mtime_ns)
-    shown = np.arange(len(times))
+    times = timeline(path, path.stat().st_mtime_ns)
+    lasting = np.diff(times)
+    shown = np.arange(len(lasting))
     if path.suffix.lower() not in VIDEOS:  # equal neighbours are stored as one: the shortest picture tells the rate
-        lasting = np.diff([*times, seconds])
         shortest = lasting[:-1].min(initial=lasting.max())  # the last picture may be cut short
         shown = shown.repeat(np.maximum(1, np.round(lasting / shortest)).astype(int))
+    seconds = times[-1] - times[0]
     count = round(seconds * fps) if fps else len(shown)
     if count < length:
         raise Bad(f"{path}: {count} frames, {length} are needed; give a longer one, or fewer --frames or --context")
     if fps:  # what is on the screen at these moments
-        moments = place * max(0, seconds - length / fps) + np.arange(frames) / fps
-        chosen = np.searchsorted(times, moments + 6e-4, side="right") - 1  # files count in ms
+        moments = times[0] + place * max(0, seconds - length / fps) + np.arange(frames) / fps
+        chosen = np.searchsorted(times[:-1], moments + 6e-4, side="right") - 1  # a file's times are rounded to ms
     else:
         chosen = shown[round(place * (count - length)) + np.arange(frames)]
     if path.suffix.lower() in VIDEOS:
         with need("av", path).open(str(path)) as file:
             stream = file.streams.video[0]
-            start = float((stream.start_time or 0) * stream.time_base)
             stretch = stream.sample_aspect_ratio or 1  # of pixels that are not square
-            file.seek(int((start + times[chosen[0]]) / stream.time_base), stream=stream)  # or to the key frame before
+            file.seek(int(times[chosen[0]] / stream.time_base), stream=stream)  # or to the key frame before
             decoded = file.decode(stream)
             frame = next(decoded, None)
             for moment in times[chosen]:
-                while frame and frame.time - start < moment - 1e-6:
+                while frame and frame.time < moment - 1e-6:
                     frame = next(decoded, None)
                 if not frame:
                     raise EOFError  # the file ends before its own index does
@@ -133,7 +134,7 @@ class Source:
     """Where training takes clips from: `World` (data/world.py), `Folder` below, `Latents` (data/latents.py).
 
     draw(seed, frames, size, length, change_until) -> the first `frames` of a clip that has `length` pixel frames, and
-    its caption: a function of the seed. Only the world uses change_until; `Latents` overrides `batch` instead.
+    its caption: a function of the seed. Only the world uses change_until.
     """
 
     about = ""  # a line for the log
@@ -144,7 +145,7 @@ class Source:
     sampling, training = {}, {"noise": 0.0, "frame0": 0.0}  # defaults of train.py for this source
 
     def batch(self, seeds, frames, size, **options):
-        """-> video uint8 (batch, frames, H, W, 3), captions."""
+        """-> video uint8 (batch, frames, H, W, 3) or latents float32 (batch, T, h, w, C), captions."""
         clips, captions = zip(*(self.draw(seed, frames, size, **options) for seed in seeds))
         return torch.from_numpy(np.stack(clips)), list(captions)
 
@@ -251,7 +252,7 @@ def psnr(video, truth):
 
 def enlarge(clip):
     """uint8 (frames, H, W, 3), each pixel repeated a whole number of times, so that the short side is at least 256."""
-    scale = -(-256 // min(clip.shape[1:3]))
+    scale = math.ceil(256 / min(clip.shape[1:3]))
     return clip.repeat(scale, 1).repeat(scale, 2)
 
 
