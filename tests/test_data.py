@@ -159,6 +159,7 @@ def test_mp4(folder):
     for ending in ("mov", "MKV", "webm"):
         shutil.copy(folder / "clips/a.mp4", folder / f"clips/a.{ending}")
     assert "4 clips" in Folder(folder / "clips").about
+    assert (read_clip(folder / "clips/a.MKV", (32, 32), 25) == read_clip(folder / "clips/a.mp4", (32, 32), 25)).all()
 
 
 def write_mp4_with(video, setting, value):
@@ -380,6 +381,7 @@ def test_a_run_goes_on_with_its_clips_alone(folder, monkeypatch, capsys, tiny_fi
     with pytest.raises(Bad, match="holds other clips than before"):
         run_train(monkeypatch, "--resume", "--steps", 6)
     assert len(Folder(Path("out"), out=Path("out")).clips) == len(Folder(Path("clips/a"), out=Path("clips")).clips) == 1
+    assert len(Folder(Path(), out=Path("out")).clips) == 5
 
 
 def test_latents_know_their_size_better_than_init(folder, tiny_files):

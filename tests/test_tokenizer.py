@@ -184,6 +184,8 @@ def test_another_decoder_has_the_same_tokens_and_another_encoder_has_not():
 def test_check_size_names_the_nearest(args, near):
     with pytest.raises(Bad, match=near):
         check_size((4, 8, 8), *args)
+    with pytest.raises(Bad, match=near):
+        tiny_tokenizer().encode(torch.zeros(1, 3, *args))
 
 
 def test_words():
