@@ -4,6 +4,7 @@ import subprocess
 import sys
 import zlib
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -401,8 +402,8 @@ def test_motions_do_what_the_caption_says(motion):
 
 
 def test_sprites_bounce_and_stay_inside():
-    for motion in world.MOTIONS:
-        sprite = world.Sprite("circle", "red", motion, 0.3, 0.6, 0.15)
+    for motion, place in product(world.MOTIONS, ((0.3, 0.6), (1.3, 0.8))):
+        sprite = world.Sprite("circle", "red", motion, *place, 0.15)
         x, y, r, _ = world.path(sprite, 400, 64, 96)
         assert (np.minimum(x, y) - r > -1e-3).all() and (x + r < 1.501).all() and (y + r < 1.001).all()
     x = world.path(world.Sprite("circle", "red", "moves left quickly", 0.3, 0.6, 0.15), 40, 64, 64)[0]
