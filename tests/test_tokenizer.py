@@ -454,16 +454,19 @@ def test_sprites_of_wide_and_of_tall_pictures(size, x, y):
     assert [v.mean() for v in covered.nonzero()] == pytest.approx([64 * y - 0.5, 64 * x - 0.5], abs=0.5)
 
 
-@pytest.mark.parametrize("shape, motion, r, frames", [*[(shape, "spins", 0.19, range(15)) for shape in world.SHAPES],
-                                                      ("cat", "grows", 0.16, (0, 24, 48)),
-                                                      ("cat", "shrinks", 0.16, (0, 24, 48))])
-def test_a_sprite_that_turns_or_changes_its_size_is_drawn_whole(shape, motion, r, frames):
+@pytest.mark.parametrize("shape, motion, at, r, frames", [
+    *[(shape, "spins", 0.5, 0.19, range(15)) for shape in world.SHAPES],
+    ("cat", "grows", 0.5, 0.16, (0, 24, 48)),
+    ("cat", "shrinks", 0.5, 0.16, (0, 24, 48)),
+    *[("cat", "spins", at, 0.19, range(0, 49, 4)) for at in (0.19, 0.81)],  # the tips of its ears leave the picture
+])
+def test_a_sprite_that_turns_or_changes_its_size_is_drawn_whole(shape, motion, at, r, frames):
     """Wherever the shape is, as its distance over the whole picture tells."""
-    sprite = world.Sprite(shape, "red", motion, 0.5, 0.5, r)
+    sprite = world.Sprite(shape, "red", motion, at, at, r)
     video, ground = (world.render(world.Scene(s, "blue", 0.0), 49, 128, 128).astype(int) for s in ([sprite], []))
     *_, radii, angles = world.path(sprite, 49, 128, 128)
     for f in frames:
-        (dy, dx), angle = ((np.mgrid[:128, :128] + 0.5) / 128 - 0.5) / radii[f], angles[f]
+        (dy, dx), angle = ((np.mgrid[:128, :128] + 0.5) / 128 - at) / radii[f], angles[f]
         u, v = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
         inside = world.distance(shape, u, v) * radii[f] * 128 < 0.4  # pixels from its edge
         assert (abs(video[f] - ground[f]).max(-1)[inside] > 0).all(), f
