@@ -402,8 +402,9 @@ def test_resume_refuses_what_would_repeat_or_skip_clips(folder, monkeypatch, tin
             run_train(monkeypatch, "--resume", f"--{name}", new, "--steps", 2)
         assert "\n" not in str(told.value)
     assert (folder / "out/ckpt.pt").read_bytes() == before
+    os.remove("out/log.csv")
     assert run_train(monkeypatch, "--resume", "--batch", 2, "--seed", 0, "--steps", 2) == 0  # as it was
-    assert checkpoint("out/ckpt.pt")["step"] == 2
+    assert checkpoint("out/ckpt.pt")["step"] == 2 and [row[0] for row in columns("out/log.csv")] == ["step", "2"]
 
 
 def test_a_resumed_run_may_get_longer_but_its_past_stays(folder, monkeypatch, tiny_files):
