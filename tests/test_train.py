@@ -380,6 +380,8 @@ def test_resumed_is_bit_for_bit_the_run_that_was_not_stopped(folder, monkeypatch
         assert same(params("one/ckpt.pt", what), params("two/ckpt.pt", what))
     rows = columns("one/log.csv")
     assert rows[0] == ["step", "stage", "t", "loss", "lr"] and len(rows) == 8 and rows == columns("two/log.csv")
+    seconds = [float(line.split(",")[-1]) for line in Path("one/log.csv").read_text().split()[1:]]
+    assert seconds == sorted(seconds) and 0 < seconds[-1] < 600
     a, *_ = train.read_options(list(map(str, ARGS)))
     plan = [[step, stage + 1, t] for step, (stage, t) in enumerate(train.make_schedule(a, 4), 1)]
     assert [list(map(int, row[:3])) for row in rows[1:7]] == plan
