@@ -10,6 +10,7 @@ import math
 import sys
 import traceback
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for this file as a script
@@ -38,21 +39,33 @@ class Wrong(Exception):
     """Says in words what a submission does wrong."""
 
 
+def returning(name, function):
+    """The function, which raises Wrong if it returns None."""
+    @wraps(function)
+    def call(*args, **named):
+        result = function(*args, **named)
+        expect(result is not None, f"{name} returns None; is its `return` missing?")
+        return result
+    return call
+
+
 def load(path, exercise):
     """The submission as a module, in which the functions of all other exercises are ours."""
     spec = importlib.util.spec_from_file_location("submission", path)
     theirs = sys.modules["submission"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(theirs)
     for other, names in EXERCISES.items():
-        if other == exercise:
-            continue
         for name in names:
             *owner, function = name.split(".")
             source, target = ours, theirs
             for part in owner:  # the class
                 expect(hasattr(theirs, part), f"{part} is missing; hand in the whole file")
                 source, target = getattr(source, part), getattr(target, part)
-            setattr(target, function, getattr(source, function))
+            if other == exercise:
+                expect(hasattr(target, function), f"{name} is missing; hand in the whole file")
+                setattr(target, function, returning(name, getattr(target, function)))
+            else:
+                setattr(target, function, getattr(source, function))
     return theirs
 
 
@@ -85,7 +98,8 @@ def same(what, got, right, tolerance=1e-4):
     if error.numel() and error.max() > tolerance:
         at = [int(i) for i in torch.unravel_index(error.argmax(), error.shape)]
         digits = 4 if error.max() > 1e-2 else 8  # a small error shows
-        raise Wrong(f"{what}: at index {at} it is {got[*at]:.{digits}g}; it must be {right[*at]:.{digits}g}")
+        where = f"at index {at} " if at else ""
+        raise Wrong(f"{what}: {where}it is {got[*at]:.{digits}g}; it must be {right[*at]:.{digits}g}")
 
 
 def unchanged(what, function, *inputs):
@@ -145,7 +159,7 @@ def check_schedules(theirs):
         right = ours.unmask_counts(n, steps)
         for u in range(1, 1 + max(len(counts), len(right))):
             stay, must = n - sum(counts[:u]), n - sum(right[:u])
-            expect(stay == must, f"{of}: after step {u} {stay} tokens stay masked; it must be {must}")
+            expect(stay == must, f"{of}: after step {u}, {stay} tokens stay masked; it must be {must}")
         expect(counts == right, f"{of}: it must be {right}")
     for j in range(5):
         got, right = float(theirs.progressive_temperature(j)), ours.progressive_temperature(j)
@@ -238,6 +252,7 @@ def check_masking(theirs):
         expect(masked.shape == (16, frames * n), f"`masked` has shape {tuple(masked.shape)}; it must be (16, 40)")
         whole = torch.is_tensor(places) and places.dim() == 2 and len(places) == 16 and not places.is_floating_point()
         expect(whole, "`places` must be a tensor of whole numbers (batch, count)")
+        expect(places.dtype == torch.int64, f"`places` is of {places.dtype}; it must be of torch.int64")
         count = places.shape[1]
         expect(count == 8, f"with r = 0.73 {count} of 10 tokens carry loss; it must be 8, 7.3 rounded up")
         by_frame = masked.view(16, frames, n).sum(2)
@@ -245,8 +260,8 @@ def check_masking(theirs):
         expect((by_frame[:, t + 1:] == n).all(), f"t = {t}: a frame after t is not wholly masked")
         inside = (places >= t * n) & (places < (t + 1) * n)
         expect(inside.all(), f"t = {t}: a place that carries loss, {int(places[~inside][:1].sum())}, is not in frame t")
-        expect((by_frame[:, t] == 8).all(),
-               f"t = {t}: {int(by_frame[0, t])} tokens of frame t are masked; it must be 8")
+        for clip, of_clip in enumerate(by_frame[:, t].tolist()):
+            expect(of_clip == 8, f"t = {t}: {of_clip} tokens of frame t are masked in clip {clip}; it must be 8")
         expect(masked.gather(1, places).all(), "a token that carries loss is not masked")
         expect(len(asked) == 1, f"`draw_mask_ratio` is called {len(asked)} times; one ratio is for all clips")
         expect(asked == [(0.8, 0.1, 0.6, 0.9)], f"`draw_mask_ratio` gets {asked[0]}; it must be the config's")
@@ -277,7 +292,9 @@ def check_attention(theirs):
     ones = torch.ones(2, 3, 12, 16)
     same("attend where all values are 1: the weights of a query sum to 1", theirs.attend(q, k, ones), ones)
     unchanged("attend", theirs.attend, q, k, v)
-    same("attend, d = 16", theirs.attend(q, k, v), plain(q, k, v, everything))
+    got = theirs.attend(q, k, v)
+    same("attend, d = 16, whose scores are divided by 4", got, plain(q, k, v, everything))
+    expect(got.dtype == torch.float32, f"attend: it is of {got.dtype}; it must be of the dtype of v, torch.float32")
     same("attend, d = 8", theirs.attend(*(x[..., :8] for x in (q, k, v))),
          plain(*(x[..., :8] for x in (q, k, v)), everything))
     mask = torch.rand(2, 1, 1, 12) < 0.6
@@ -291,6 +308,8 @@ def check_attention(theirs):
          v[:, :, :1].expand_as(few))
     same("attend with large scores, of which exp alone would be inf", theirs.attend(60 * q, k, v),
          plain(60 * q, k, v, everything))
+    same("attend with very large scores and a mask that lets key 0 alone be seen", theirs.attend(6000 * few, k, v, one),
+         v[:, :, :1].expand_as(few))
     grown = [x.clone().requires_grad_() for x in (few, k, v)]
     trains("attend with a mask, by q, k and v", theirs.attend(*grown, mask), *grown)
     grown = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -301,7 +320,7 @@ def check_attention(theirs):
         got, changed = theirs.frame_causal_attention(q, k, v, n), v.clone()
         changed[:, :, n:] += 1
         after = theirs.frame_causal_attention(q, k, changed, n)[:, :, :n]
-        same(f"frames of {n} tokens: frame 0, when later frames change", after, got[:, :, :n])
+        same(f"frames of {n} tokens: frame 0, which must not change when later frames do", after, got[:, :, :n])
         same(f"frames of {n} tokens: the first token, which also sees those behind it in its frame", got[:, :, :1],
              right[:, :, :1])
         same(f"frames of {n} tokens", got, right)
@@ -338,7 +357,7 @@ def check_rope(theirs):
     at = int(one.abs().argmax())
     expect(at == 4, f"rotate: channel 0 of 8 turns into channel {at} at 90 degrees; it must be channel 4")
     expect(one[4] > 0, "rotate: it turns the other way round")
-    same("rotate", got, ours.rotate(x, angles.cos(), angles.sin()))
+    same("rotate, with another angle for each pair", got, ours.rotate(x, angles.cos(), angles.sin()))
     grown = x.clone().requires_grad_()
     trains("rotate, by x", theirs.rotate(grown, angles.cos(), angles.sin()), grown)
     half = theirs.rotate(x.bfloat16(), angles.cos(), angles.sin())
@@ -408,6 +427,7 @@ def check_sample(theirs):
         torch.manual_seed(1)
         return got, right.sample(net, x.clone(), z, **options), told
 
+    unchanged("sample", lambda x, z: diffusion.sample(net, x, z), x, z[:6])
     cold, must, told = both(temperature=0.0)
     expect(all(torch.is_tensor(timestep) and timestep.shape == (1,) for _, timestep, _ in told),
            "the net's timestep must be a tensor of the shape (1,)")
@@ -417,8 +437,8 @@ def check_sample(theirs):
     short, long = theirs.Diffusion(1000, 2), ours.Diffusion(1000, 2)
     for one in (short, long):  # the last step alone
         one.steps, one.table, one.timesteps = 1, one.table[:, :1], one.timesteps[:1]
-    same("with a single step, i = 0, in which no noise is added", short.sample(net, x.clone(), z[:6]),
-         long.sample(net, x.clone(), z[:6]))
+    same("with a single step, i = 0: the mean alone, of the noise in the first half of what the net returns",
+         short.sample(net, x.clone(), z[:6]), long.sample(net, x.clone(), z[:6]))
     same("with a single step, i = 0, at temperature 0.5, which does not act on the first x",
          short.sample(net, x.clone(), z[:6], 0.5), long.sample(net, x.clone(), z[:6], 0.5))
     expect(all(torch.equal(states, z[:6]) for *_, states in told), "the net must get z")
@@ -429,7 +449,7 @@ def check_sample(theirs):
     hot, must, _ = both(temperature=1.0)
     expect(not torch.allclose(hot, cold), "temperature 1 gives the same as temperature 0: no noise is added")
     expect(not torch.allclose(both(temperature=0.5)[0], hot), "temperature 0.5 gives the same as temperature 1")
-    same("at temperature 1, with the noise of torch.randn_like", hot, must)
+    same("at temperature 1, with the noise of torch.randn_like times exp(log variance / 2)", hot, must)
     same("at temperature 0.5", *both(temperature=0.5)[:2])
     spread = torch.linspace(-3, 3, 24).view(6, 4)
     same("at temperature 1, with v from -3 to 3, for v is not clamped",
@@ -447,6 +467,10 @@ def check_sample(theirs):
     got, must, _ = both(lambda x, timestep, z: fixed, z, temperature=1.0, guidance=3.0)
     expect(got.dtype == torch.float32, f"of a net in bfloat16 it returns {got.dtype}; it must be float32")
     same("with guidance 3 of a net in bfloat16, computed in float32", got, must)
+    got, must, _ = both(lambda x, timestep, z: fixed[:6], temperature=1.0)
+    same("without guidance, of a net in bfloat16, computed in float32", got, must, 1e-5)
+    grown = torch.zeros(6, 1, requires_grad=True)
+    trains("sample, by z", diffusion.sample(lambda x, timestep, z: torch.tanh(x @ weights + z), x, grown), grown)
 
 
 def check_loss(theirs):
@@ -479,6 +503,7 @@ def check_loss(theirs):
     expect(torch.equal(states, z) and states.requires_grad, "the net must get z as it is, so that z has a gradient")
     expect(set(timestep.tolist()) <= set(right.timesteps.tolist()) and timestep.max() > 9,
            "the net must get self.timesteps[i], not the step i")
+    expect(timestep.unique().numel() > 1, "one step is drawn for all tokens; each needs its own")
     same("the timesteps, of steps drawn first, by torch.randint", timestep.float(), seen[1][0].float())
     same("the noise in x_i, drawn next, by torch.randn_like(x0)", noises[0], noises[1], 1e-2)
     expect(both(0 * error, middle)[0].abs().max() > 1e-6, "the variational term is missing: v changes nothing")
@@ -492,13 +517,17 @@ def check_loss(theirs):
     same("with the right noise and v = 0.5, in steps i > 0: the divergence of the variances", got[~first],
          must[~first])
     got, must = both(error, low)
-    same("with a wrong noise and v = -1, in steps i > 0", got[~first], must[~first])
+    same("with a wrong noise and v = -1, in steps i > 0: its square, and the divergence of the means", got[~first],
+         must[~first])
     same("with a wrong noise and v = -1, in step i = 0: the likelihood of x_0", got[first], must[first])
     got, must = both(error, middle)
     same("with a wrong noise and v = 0.5, in steps i > 0: the distance of the means, by the model's variance",
          got[~first], must[~first])
     same("with a wrong noise and v = 0.5, in step i = 0", got[first], must[first])
-    same("with the right noise and v = 2, for v is not clamped", *both(0 * error, torch.full((tokens, 1), 2.0)))
+    got, must = both(0 * error, torch.full((tokens, 1), 2.0))
+    same("with the right noise and v = 2, for v is not clamped, in steps i > 0", got[~first], must[~first])
+    same("with the right noise and v = 2, in step i = 0: the likelihood of x_0 under the model's p", got[first],
+         must[first])
     got, must = both(error, low, 1.0)
     same("with a wrong noise and snr_clip = 1", got, must)
     wrong_by, v = error.clone().requires_grad_(), torch.zeros(tokens, 1, requires_grad=True)
@@ -506,7 +535,7 @@ def check_loss(theirs):
     same("with a wrong noise, v = 0 and snr_clip = 2", got, must)
     expect(got.requires_grad, "no gradient flows from the loss into what the net returns")
     gradients = [torch.autograd.grad(loss.sum(), (wrong_by, v), retain_graph=True) for loss in (got, must)]
-    same("the gradient of the predicted noise, which the variational term must not have", gradients[0][0],
+    same("the gradient of the predicted noise, from the first term alone", gradients[0][0],
          gradients[1][0])
     same("the gradient of v", gradients[0][1], gradients[1][1])
     fixed, of_half = torch.randn(tokens, 8).bfloat16(), []
@@ -518,7 +547,7 @@ def check_loss(theirs):
 
 def check_forward(theirs):
     x, captions = torch.randn(16, 4, 2, 3, 4), [f"word {i}" for i in range(16)]
-    nulls, lengths, grids, losses, asked, devices = [], [], [], [], [], []
+    nulls, lengths, grids, losses, asked, devices, starts, masks = [], [], [], [], [], [], [], []
 
     def watched(t=2, **changes):
         """A model of theirs that notes what its parts are given, and the right model with the same weights."""
@@ -532,6 +561,8 @@ def check_forward(theirs):
         def watched_hidden(x, masked, text, grid, *args, **named):
             lengths.append(x.shape[1])
             grids.append(tuple(grid))
+            starts.append(named.get("start", args[0] if args else 0))
+            masks.append(torch.equal(masked, model.mask[:, :x.shape[1]]))
             return hidden(x, masked, text, grid, *args, **named)
 
         def draw_masked(batch, frames, n, t, device=None):
@@ -543,6 +574,7 @@ def check_forward(theirs):
             losses.append((net, x0, z, snr_clip))
             return torch.arange(len(x0)) + 0 * z.sum()
         model.hidden, model.draw_masked, model.diffusion.loss = watched_hidden, draw_masked, loss
+        model.mask = masked
         model.words = [weights for name, weights in right.named_parameters() if name.startswith("text")]
         text = read_text(captions, torch.zeros(16, dtype=torch.bool))
         z = hidden(x.flatten(1, 3), masked, text, (2, 3), chosen=places)
@@ -556,11 +588,15 @@ def check_forward(theirs):
     expect(lengths[-1] == 18,
            f"t = 2 of 4 frames of 6 tokens: {lengths[-1]} tokens are run; it must be 18, cut after t")
     expect(grids[-1] == (2, 3), f"`self.hidden` gets the grid {grids[-1]}; it must be (h, w) = (2, 3)")
+    expect(masks[-1], "`self.hidden` gets another mask than `self.draw_masked` returned")
+    expect(starts[-1] == 0, f"`self.hidden` gets start = {starts[-1]}; x begins with frame 0")
     expect(torch.is_tensor(got), f"the result is of type {type(got).__name__}; it must be a tensor")
     expect(losses, "`self.diffusion.loss` is not called")
     net, targets, states, snr_clip = losses[0]
     expect(len(losses) == 1 and net is model.diffusion_mlp, "`self.diffusion.loss` must be called once, with the MLP")
     expect(not nulls[0].any(), "with text_drop = 0 a caption is replaced by the null")
+    expect(targets.shape[1:] == (4,),
+           f"`diffusion.loss` gets x0 of shape {tuple(targets.shape)}; it must be (tokens, C)")
     expect(len(targets) == 3 * len(x0),
            f"{len(targets)} tokens get a loss; it must be 3 draws of {len(x0)} masked ones")
     nearest = (targets[:, None] - x0).abs().sum(-1)
@@ -582,6 +618,7 @@ def check_forward(theirs):
         model, *_ = watched(t, text_drop=0.0)
         model(x, captions, t)
         expect(lengths[-1] == must, f"t = {t}: {lengths[-1]} tokens are run; it must be {must}, cut after t")
+        expect(masks[-1], f"t = {t}: `self.hidden` gets another mask than `self.draw_masked` returned")
     nulls.clear()
     model = watched(text_drop=0.25)[0]
     for _ in range(40):
@@ -592,6 +629,9 @@ def check_forward(theirs):
     expect(0.15 < share.mean() < 0.35, f"text_drop = 0.25: {share.mean():.2f} of the captions are replaced by the null")
     expect((share.min(1).values < share.max(1).values).any(), "either all captions of a batch are replaced or none")
     expect(share.sum(1).unique().numel() > 1, "as many captions of each batch are replaced; draw for each by itself")
+    nulls.clear()
+    watched(0, text_drop=1.0)[0](x, captions, 0)
+    expect(nulls[0].all(), "t = 0: with text_drop = 1 a caption is not replaced by the null")
 
 
 CHECKS = dict(enumerate((check_schedules, check_cache, check_diffusion, check_masking, check_attention, check_rope,

@@ -81,7 +81,7 @@ def start(folder, only):
     names = [name for exercise in chosen for name in EXERCISES.get(exercise, ())]
     path = folder / "videomar.py"
     path.write_text(blank(path.read_text(encoding="utf-8"), names), encoding="utf-8")
-    head = head.replace("GRADE", str(TESTS / "assignments.py"))
+    head = head.replace("GRADE", str(TESTS / "assignments.py")).replace("PROJECT", str(ROOT))
     text = "\n\n".join([head.strip(), *(texts[exercise][0] for exercise in chosen)])
     (folder / "README.md").write_text(text + "\n", encoding="utf-8")
     print(f"{folder}: read README.md, and write {', '.join(names) or 'what it asks for'} in videomar.py")
@@ -92,6 +92,8 @@ def hint(exercise, which):
     if exercise not in texts:
         raise Bad(f"--hint {exercise}: there are the exercises {min(texts)} to {max(texts)}")
     _, hints = texts[exercise]
+    if not hints:
+        raise Bad(f"--hint {exercise}: exercise {exercise} has no hint")
     if not 1 <= which <= len(hints):
         raise Bad(f"--hint {exercise} {which}: exercise {exercise} has {len(hints)} hints")
     more = f" (more: --hint {exercise} {which + 1})" if which < len(hints) else ""
@@ -184,7 +186,7 @@ def train_and_sample(source):
 
 def make_film(folder):
     """Writes film-strip.png into the folder: their model after 100 steps, ours, the shipped one run by their code."""
-    print(f"{folder}: all green. Their model and ours are trained for {STEPS} steps now: some minutes", flush=True)
+    print(f"{folder}: all green. Its model and ours are trained for {STEPS} steps now: some minutes", flush=True)
     new, shipped = train_and_sample(folder / "videomar.py")
     rows = [new, train_and_sample(ROOT / "videomar.py")[0], shipped]
     strip = Image.new("RGB", (new.width, sum(row.height for row in rows) + 8), "white")
@@ -192,7 +194,7 @@ def make_film(folder):
         strip.paste(row, (0, i * (row.height + 4)))
     path = folder / "film-strip.png"
     write(path, lambda part: strip.save(part, "PNG"))
-    print(f"wrote {path}: from the top their new model, ours, and the shipped checkpoint run by their code")
+    print(f"wrote {path}: from the top its new model, ours, and the shipped checkpoint run by its code")
 
 
 # ----------------------------------------------------------------------------------------------------- options

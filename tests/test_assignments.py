@@ -19,7 +19,7 @@ WRONG = [
     (1, "max(0, min(cosine, left - 1))", "max(0, cosine)", "each must reveal at least one"),
     (1, "max(0, min(cosine, left - 1))",
      "min(cosine, left - 1)\n        if stay < 0:\n            return counts + [left - stay]", "the counts sum to 65"),
-    (1, "(len(counts) + 1) / steps", "len(counts) / steps", "after step 1 63 tokens stay masked"),
+    (1, "(len(counts) + 1) / steps", "len(counts) / steps", "after step 1, 63 tokens stay masked"),
     (1, "math.cos(math.pi / 2 * (len(counts) + 1) / steps)",
      "torch.cos(torch.tensor(math.pi / 2 * (len(counts) + 1) / steps))", "in double precision: after step"),
     (1, "10.0 ** -(j + 1)", "10.0 ** -(j + 2)", "progressive_temperature(0) is 0.91"),
@@ -29,6 +29,7 @@ WRONG = [
      "cosine = n * math.cos(math.pi / 2 * (len(counts) + 1) / steps) // 1", "a list of whole numbers"),
 
     (2, "keys, values = self.buffer[layer]", "keys, values = self.buffer[0]", "and another layer was"),
+    (2, "return keys[:, :, :end], values[:, :, :end]", "pass", "Cache.update returns None; is its `return` missing?"),
     (2, "return keys[:, :, :end], values[:, :, :end]",
      "self.length = end\n        return keys[:, :, :end], values[:, :, :end]", "it moves `length`"),
     (2, "return keys[:, :, :end], values[:, :, :end]",
@@ -104,6 +105,11 @@ WRONG = [
      "it must be the config's"),
     (4, "torch.rand(batch, end - begin, device=device).argsort(1)[:, :count]",
      "(torch.randint(end - begin, (batch, 1)) + torch.arange(count)) % (end - begin)", "always lie side by side"),
+    (4, "return masked.scatter(1, places, True), places", "return masked.scatter(1, places, True), places.int()",
+     "must be of torch.int64"),
+    (4, "return masked.scatter(1, places, True), places",
+     "masked = masked.scatter(1, places, True)\n        masked[3, t * n:(t + 1) * n] = True\n"
+     "        return masked, places", "10 tokens of frame t are masked in clip 3"),
     (4, "return nn.init.trunc_normal_(torch.empty(1), mean, std, low, high).item()",
      "r = torch.normal(mean, std, (1,)).item()\n"
      "    return r if low <= r <= high else low + (high - low) * torch.rand(1).item()", "draws are below 0."),
@@ -126,7 +132,9 @@ WRONG = [
     (5, "return scores.softmax(-1)", "scores = scores.exp()\n    return (scores / scores.sum(-1, keepdim=True))",
      "with large scores"),
     (5, "return scores.softmax(-1)", "return scores.softmax(-1).detach()", "no gradient flows"),
-    (5, "end = earlier + start + n\n", "end = k.shape[2]\n", "when later frames change"),
+    (5, "masked_fill(~mask, -torch.inf)", "masked_fill(~mask, -100.0)", "very large scores"),
+    (5, "scores.softmax(-1).to(v.dtype) @ v", "scores.double().softmax(-1) @ v.double()", "of torch.float64"),
+    (5, "end = earlier + start + n\n", "end = k.shape[2]\n", "which must not change when later frames do"),
     (5, "earlier = k.shape[2] - q.shape[2]", "earlier = 0", "queries from frame"),
     (5, "return torch.cat(frames, 2)",
      "return attend(q, k, v, torch.ones(q.shape[2], k.shape[2]).tril(k.shape[2] - q.shape[2]).bool())",
@@ -168,7 +176,13 @@ WRONG = [
     (8, "temperature * (0.5", "(0.5", "at temperature 0, without noise"),
     (8, "temperature * (0.5 * logvar).exp()", "(temperature > 0) * (0.5 * logvar).exp()", "0.5 gives the same"),
     (8, "(0.5 * logvar).exp()", "logvar.exp()", "the noise of torch.randn_like"),
-    (8, "x = mean if i == 0 else mean +", "x = mean +", "in which no noise is added"),
+    (8, "x = mean if i == 0 else", "x[:] = mean if i == 0 else", "changes a tensor that it is given"),
+    (8, "for i in reversed(range(self.steps)):", "z = z.detach()\n        for i in reversed(range(self.steps)):",
+     "sample, by z"),
+    (8, "self.timesteps[i, None], z).float()\n",
+     "self.timesteps[i, None], z)\n            out = out if guidance is None else out.float()\n",
+     "without guidance, of a net in bfloat16"),
+    (8, "x = mean if i == 0 else mean +", "x = mean +", "with a single step, i = 0: the mean alone"),
     (8, "self.posterior(x0, x, i, v)\n            x = mean", "self.posterior(x0, x, i, v.clamp(-1, 1))\n"
      "            x = mean", "v is not clamped"),
     (8, "x = mean if i == 0", "x = mean.squeeze(0) if i == 0", "for a single token"),
@@ -192,7 +206,9 @@ WRONG = [
      "torch.randn_like(x0)\n        i = torch.randint(self.steps, x0.shape[:1])", "of steps drawn first"),
     (9, " / math.log(2)", "", "divided by ln 2"),
     (9, "torch.where(i[:, None] == 0, nll, kl)", "kl", "in step i = 0: the likelihood"),
-    (9, "eps.detach()", "eps", "must not have"),
+    (9, "eps.detach()", "eps", "from the first term alone"),
+    (9, "i = torch.randint(self.steps, x0.shape[:1], device=x0.device)",
+     "i = torch.randint(self.steps, (1,)).expand(len(x0))", "one step is drawn for all tokens"),
     (9, "weight = (snr_clip * (s / a) ** 2).clamp(max=1)", "weight = 1", "snr_clip = 1"),
     (9, "(snr_clip * (s / a) ** 2).clamp(max=1)", "snr_clip * (s / a) ** 2", "it is inf or nan"),
     (9, "+ variational).mean(-1)", "+ variational).sum(-1)", "not the sum"),
@@ -208,6 +224,12 @@ WRONG = [
      "the variational term is missing"),
     (9, "torch.full_like(v, -1))  # its", "v)  # its", "the divergence of the variances"),
 
+    (10, "masked, places = self.draw_masked(batch, frames, n, t, x.device)\n",
+     "masked, places = self.draw_masked(batch, frames, n, t, x.device)\n"
+     "        masked = masked if t else torch.ones_like(masked)\n", "t = 0: `self.hidden` gets another mask"),
+    (10, "torch.rand(batch, device=x.device) < config.text_drop",
+     "(torch.rand(batch, device=x.device) < config.text_drop) & (t > 0)", "t = 0: with text_drop = 1"),
+    (10, "text, grid, chosen=places)", "text, grid, t, chosen=places)", "`self.hidden` gets start = 2"),
     (10, "(t + 1) * n if config.cuts else frames * n", "frames * n", "24 tokens are run; it must be 18"),
     (10, "(t + 1) * n if config.cuts else frames * n", "(t + 1) * n if config.cuts and t else frames * n",
      "t = 0: 24 tokens are run"),
@@ -278,7 +300,6 @@ RIGHT = [
     (8, "for i in reversed(range(self.steps)):", "for i in range(self.table.shape[1] - 1, -1, -1):"),
     (8, "x = mean if i == 0 else mean + temperature * (0.5 * logvar).exp() * torch.randn_like(x)",
      "x = mean + (i > 0) * temperature * logvar.exp().sqrt() * torch.randn(x.shape)"),
-    (8, "x = mean if i == 0 else", "x[:] = mean if i == 0 else"),
     (8, "self.timesteps[i, None], z).float()", "timestep=self.timesteps[i, None], z=z).float()"),
     (9,
      "kl = 0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp() + (true_mean - mean) ** "
@@ -343,6 +364,7 @@ def test_start_writes_a_folder_and_changes_nothing_else(folder):
     assignments.start(folder / "one", 3)
     text, code = (folder / "one/README.md").read_text(), (folder / "one/videomar.py").read_text()
     assert code.count("is not written yet") == 2 and "## 3." in text and "## 4." not in text
+    assert f"{ROOT}/README.md" in text and f"{ROOT}/tests/assignments.py grade ." in text
 
 
 def test_each_hint_costs_a_look(capsys, monkeypatch):
@@ -350,8 +372,8 @@ def test_each_hint_costs_a_look(capsys, monkeypatch):
     assert "--hint 1 2" in capsys.readouterr().out
     assignments.hint(1, 2)
     assert "floor" in capsys.readouterr().out
-    for wrong in ((1, 9), (1, 0), (12, 1)):
-        with pytest.raises(Bad):
+    for wrong, told in (((1, 9), "has 2 hints"), ((1, 0), "has 2 hints"), ((12, 1), "1 to 11"), ((11, 1), "no hint")):
+        with pytest.raises(Bad, match=told):
             assignments.hint(*wrong)
     monkeypatch.setattr(sys, "argv", ["assignments.py", "--hint", "1", "2", "9"])
     with pytest.raises(Bad, match="--hint"):
@@ -376,7 +398,7 @@ def test_a_submission_that_hangs_exits_or_prints_hurts_no_other(folder):
     reasons = {name: assignments.grade_one(folder / name, 1, 20 if name != "hangs" else 4) for name in submissions}
     assert "did not come to an end in 4 seconds" in reasons["hangs"]
     assert "ended Python (exit code 0)" in reasons["exits"]
-    assert "Cache is missing; hand in the whole file" in reasons["is_a_part"]
+    assert "unmask_counts is missing; hand in the whole file" in reasons["is_a_part"]
     assert "SystemExit" in reasons["leaves"] and "SyntaxError" in reasons["is_broken"]
     assert reasons["prints"] is None and reasons["starts"] is None
     assert "no videomar.py" in assignments.grade_one(folder / "empty", 1, 4)
