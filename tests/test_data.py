@@ -24,7 +24,7 @@ import train
 from data import world
 from data.files import Bad, save
 from data.latents import Latents, open_source, write_latents
-from data.video import Folder, psnr, read_ahead, read_clip, to_float, to_uint8, write_video
+from data.video import Folder, psnr, read_ahead, read_clip, timeline, to_float, to_uint8, write_video
 
 HAS_AV = importlib.util.find_spec("av") is not None
 SIZE = (16, 24)
@@ -156,6 +156,8 @@ def test_mp4(folder):
     with pytest.raises(Bad, match="26 are needed"):
         read_clip(folder / "clips/a.mp4", (32, 32), 26)
     assert len(read_clip(folder / "clips/a.mp4", (32, 32), 25, fps=10)) == 25  # the last one lasts, too
+    write_video(folder / "odd.mp4", video, 29.97)  # whose exact fraction is too long for the file
+    assert timeline(folder / "odd.mp4", 0)[-1] == pytest.approx(25 / 29.97, abs=1e-3)
     for ending in ("mov", "MKV", "webm"):
         shutil.copy(folder / "clips/a.mp4", folder / f"clips/a.{ending}")
     assert "4 clips" in Folder(folder / "clips").about
