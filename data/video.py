@@ -55,7 +55,7 @@ def to_rgb(image):
 
 @lru_cache(100_000)  # of an animation or a video it reads the whole file
 def timeline(path, changed):
-    """When each picture of a clip appears, and at last when the last one goes, in seconds.
+    """When each picture of a clip appears, and at last when the last one goes, in seconds of its clock.
 
     changed: the time of the file's last change, for the cache.
     """

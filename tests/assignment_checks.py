@@ -291,8 +291,7 @@ def check_attention(theirs):
     everything = torch.ones(12, 12, dtype=torch.bool)
     ones = torch.ones(2, 3, 12, 16)
     same("attend where all values are 1: the weights of a query sum to 1", theirs.attend(q, k, ones), ones)
-    unchanged("attend", theirs.attend, q, k, v)
-    got = theirs.attend(q, k, v)
+    got = unchanged("attend", theirs.attend, q, k, v)
     same("attend, d = 16, whose scores are divided by 4", got, plain(q, k, v, everything))
     expect(got.dtype == torch.float32, f"attend: it is of {got.dtype}; it must be of the dtype of v, torch.float32")
     same("attend, d = 8", theirs.attend(*(x[..., :8] for x in (q, k, v))),
@@ -300,9 +299,8 @@ def check_attention(theirs):
     mask = torch.rand(2, 1, 1, 12) < 0.6
     mask[..., 0] = True
     few = q[:, :, :7]  # queries
-    unchanged("attend with a mask", lambda mask: theirs.attend(few, k, v, mask), mask)
-    same("attend with a mask that is True where a key may be seen", theirs.attend(few, k, v, mask),
-         plain(few, k, v, mask))
+    got = unchanged("attend with a mask", lambda mask: theirs.attend(few, k, v, mask), mask)
+    same("attend with a mask that is True where a key may be seen", got, plain(few, k, v, mask))
     one = torch.arange(12).expand(7, 12) == 0
     same("attend with a mask (queries, keys) that lets key 0 alone be seen", theirs.attend(few, k, v, one),
          v[:, :, :1].expand_as(few))
@@ -554,7 +552,7 @@ def check_forward(theirs):
         model, right = tiny(theirs, noise_draws=3, snr_clip=5.0, **changes), tiny(ours, noise_draws=3, **changes)
         generator = torch.Generator().manual_seed(5)
         places = t * 6 + torch.rand(16, 6, generator=generator).argsort(1)[:, :4]
-        masked = (torch.arange(24).expand(16, -1) >= (t + 1) * 6).scatter(1, places, True)
+        drawn = (torch.arange(24).expand(16, -1) >= (t + 1) * 6).scatter(1, places, True)
         read_text, hidden = right.read_text, right.hidden
         model.read_text = lambda captions, null: nulls.append(null) or read_text(captions, null)
 
@@ -562,22 +560,21 @@ def check_forward(theirs):
             lengths.append(x.shape[1])
             grids.append(tuple(grid))
             starts.append(named.get("start", args[0] if args else 0))
-            masks.append(torch.equal(masked, model.mask[:, :x.shape[1]]))
+            masks.append(torch.equal(masked, drawn[:, :x.shape[1]]))
             return hidden(x, masked, text, grid, *args, **named)
 
         def draw_masked(batch, frames, n, t, device=None):
             asked.append((batch, n, t))
             devices.append(device)
-            return masked[:, :frames * n], places
+            return drawn[:, :frames * n], places
 
         def loss(net, x0, z, snr_clip=math.inf):
             losses.append((net, x0, z, snr_clip))
             return torch.arange(len(x0)) + 0 * z.sum()
         model.hidden, model.draw_masked, model.diffusion.loss = watched_hidden, draw_masked, loss
-        model.mask = masked
         model.words = [weights for name, weights in right.named_parameters() if name.startswith("text")]
         text = read_text(captions, torch.zeros(16, dtype=torch.bool))
-        z = hidden(x.flatten(1, 3), masked, text, (2, 3), chosen=places)
+        z = hidden(x.flatten(1, 3), drawn, text, (2, 3), chosen=places)
         return model, x.flatten(1, 3).take_along_dim(places[..., None], 1).flatten(0, 1), z.flatten(0, 1)
 
     model, x0, z = watched(text_drop=0.0)
