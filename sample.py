@@ -199,7 +199,7 @@ def options_parser():
 
 
 def open_model(a):
-    """The model that the options name -> model, tokenizer, checkpoint, sampling, frames, size, autocast. Raises Bad."""
+    """The model that the options name -> model, tokenizer, sampling, frames, size, autocast. Raises Bad."""
     device, dtype, autocast = choose_hardware(a)
     trained = Path("out/videomar.pt")
     a.ckpt = a.ckpt or (trained if trained.exists() else DATA / "videomar.pt")
@@ -209,9 +209,10 @@ def open_model(a):
     frames, size = a.frames or checkpoint["frames"][-1], a.size or tuple(checkpoint["size"])
     check_size(tokenizer.stride, frames, *size)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"checkpoint {relpath(a.ckpt)}: {millions:.1f} M parameters, {frames} frames {size[0]}x{size[1]}")
+    about = f"{millions:.1f} M parameters, trained on {checkpoint['data']}"
+    print(f"checkpoint {relpath(a.ckpt)}: {about}; {frames} frames {size[0]}x{size[1]}")
     torch.manual_seed(a.seed)
-    return model, tokenizer, checkpoint, sampling, frames, size, autocast
+    return model, tokenizer, sampling, frames, size, autocast
 
 
 def pixel_frames(n_given, frames, stride):
@@ -251,7 +252,7 @@ def main():
         raise Bad("--box, --context: they tell what of a clip is given; name it with --video")
     if a.out:
         check_out(a.out)
-    model, tokenizer, _, sampling, frames, size, autocast = open_model(a)
+    model, tokenizer, sampling, frames, size, autocast = open_model(a)
     device, stride = next(model.parameters()).device, tokenizer.stride[0]
     latent_frames = 1 + (frames - 1) // stride
     if a.box:  # editing: all frames are given, and all are made anew

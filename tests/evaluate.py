@@ -275,16 +275,13 @@ def main():
     a = options_parser().parse_args()
     a.out = a.out or Path("out/prompts" if a.prompts else "out/eval.gif")
     check(a)
-    model, tokenizer, checkpoint, sampling, frames, size, autocast = open_model(a)
+    model, tokenizer, sampling, frames, size, autocast = open_model(a)
     a.context, a.n = a.context or 1, a.n or 5
     pixel_frames(a.context, frames, tokenizer.stride[0])
     with torch.no_grad(), autocast:
         if a.prompts:
             return make_prompts(a, model, tokenizer, frames, size, sampling)
-        trained_on = checkpoint.get("data", world.World.about)
         print("evaluation on held-out clips of the drawn world")
-        if trained_on != world.World.about:
-            print(f"this checkpoint was trained on something else: {trained_on}")
         evaluate(model, tokenizer, a.clips, frames, size, sampling, a.out, a.context, a.prompt, a.fps, not a.no_cache)
 
 
