@@ -20,8 +20,9 @@ from PIL import Image
 import train
 import videomar
 from data import files, world
-from data.files import Bad, mix_seed
+from data.files import Bad, mix_seed, save
 from data.video import psnr, to_float, to_uint8, write_video
+from tokenizer import Tokenizer
 
 ARGS = ["--size", "16x16", "--frames", "5,9", "--steps", 3, "--batch", 4, "--dtype", "float32", "--device", "cpu"]
 SHORT = ["--size", "16x16", "--frames", 5, "--steps", 1, "--batch", 2, "--device", "cpu"]  # one step
@@ -90,6 +91,24 @@ def test_the_paper_preset_is_the_papers(folder, monkeypatch, tiny_files):
     sampling = params("out/ckpt.pt", "sampling")
     assert sampling == asdict(videomar.Sampling())
     assert (sampling["cfg"], sampling["temperature"]) == (3, "progressive")
+
+
+def test_a_model_has_the_channels_of_its_tokenizer(folder, monkeypatch, tiny_files):
+    save(Tokenizer(channels=8, width=32, blocks=2).pack(), "eight.pt")
+    assert run_train(monkeypatch, *SHORT, "--tokenizer", "eight.pt") == 0
+    assert params("out/ckpt.pt", "config")["channels"] == 8
+    with pytest.raises(Bad, match="16 channels, those of the tokenizer 8"):
+        run_train(monkeypatch, *SHORT, "--tokenizer", "eight.pt", "--init", tiny_files / "ckpt.pt")
+
+
+def test_skipped_files_are_counted_at_the_end(folder, monkeypatch, capsys, tiny_files):
+    for i in range(2):
+        write_video(folder / f"clips/{i}.gif", world.clip(i, 5, 16, 16)[0], 12)
+    args = [*SHORT, "--batch", 16, "--tokenizer", tiny_files / "tokenizer.pt", "--data", "clips"]
+    assert run_train(monkeypatch, *args, "--out", "whole") == 0 and "skipped" not in capsys.readouterr().out
+    (folder / "clips/broken.gif").write_bytes(b"GIF")
+    assert run_train(monkeypatch, *args, "--out", "broken") == 0
+    assert "skipped 1 files of --data that could not be used" in capsys.readouterr().out
 
 
 def test_the_drawn_world_has_settings_of_its_own(folder, monkeypatch, tiny_files):
