@@ -529,6 +529,10 @@ def test_the_colours_of_a_gif_do_not_flicker(folder, size):
 @pytest.mark.parametrize("args, words", [
     (["--resume"], ["out/ckpt.pt", "no such file"]),
     (["--optimiser", "sgd"], ["--optimiser", "adamw"]),
+    (["--preset", "large"], ["--preset", "paper"]),
+    (["--attention", "none"], ["--attention", "causal"]),
+    (["--loss", "total"], ["--loss", "total-mask"]),
+    (["--position", "none"], ["--position", "absolute"]),
     (["--frame0", "2"], ["--frame0", "2 should be from 0 to 1"]),
     (["--data", "nowhere"], ["nowhere", "no such folder"]),
     (["--resume", "--out", "small"], ["small/ckpt.pt", "--init"]),

@@ -101,6 +101,15 @@ def test_a_model_has_the_channels_of_its_tokenizer(folder, monkeypatch, tiny_fil
         run_train(monkeypatch, *SHORT, "--tokenizer", "eight.pt", "--init", tiny_files / "ckpt.pt")
 
 
+def test_resume_from_another_current_folder(folder, monkeypatch, tiny_files):
+    for i in range(2):
+        write_video(folder / f"clips/{i}.gif", world.clip(i, 5, 16, 16)[0], 12)
+    assert run_train(monkeypatch, *SHORT, "--tokenizer", tiny_files / "tokenizer.pt", "--data", "clips") == 0
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert train.read_options(["--resume", "--out", str(folder / "out")])[0].data == folder / "clips"
+
+
 def test_skipped_files_are_counted_at_the_end(folder, monkeypatch, capsys, tiny_files):
     for i in range(2):
         write_video(folder / f"clips/{i}.gif", world.clip(i, 5, 16, 16)[0], 12)
