@@ -267,7 +267,7 @@ class Pretrained(nn.Module):
 
     def __init__(self, name, device="cpu", dtype=torch.float32):
         super().__init__()
-        self.name, self.device = str(name), device
+        self.name, self.device = str(Path(name).absolute() if Path(name).is_dir() else name), device
         try:
             from huggingface_hub import snapshot_download
             from transformers import AutoModel, AutoTokenizer

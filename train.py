@@ -46,7 +46,7 @@ def options_parser():
     parser = Parser(description="Train VideoMAR on the drawn world, or on your own clips")
     add = parser.add_argument
     start = parser.add_mutually_exclusive_group()
-    add("--preset", choices=PRESETS, help="sizes and training settings (that of --init, else toy)")
+    add("--preset", choices=PRESETS, help="settings of training, and sizes of a new model (that of --init, else toy)")
     add("--frames", type=sizes("5,13,25"), help="pixel frames of each stage of the curriculum (by the preset: 5,13,25)")
     add("--steps", type=sizes("5,13,25"), help="training steps: one number, or one for each stage (by the preset)")
     add("--size", type=sizes("64x64"), help="HEIGHTxWIDTH in pixels (that of latents or of --init, else by the preset)")
@@ -245,6 +245,7 @@ def save_checkpoints(a, step, model, ema, optimisers, tokenizer, sampling, sourc
     options = {name: value for name, value in vars(a).items() if name not in OF_THIS_RUN}
     options.update({name: getattr(model.config, name) for name in ABLATIONS})
     options["data"] = a.data and str(a.data.absolute())  # a path is no plain value, and the current folder may change
+    options["text"] = model.text.name
     both = {"kind": "videomar", "format": FORMAT, "step": step, "config": asdict(model.config),
             "sampling": asdict(sampling), "tokenizer": tokenizer.pack(), "text": model.text.name, "frames": a.frames,
             "size": a.size, "data": source.about, "files": source.files, "options": options}
@@ -293,10 +294,10 @@ def main():
         signal.signal(kind, lambda kind, frame: signals.append(kind))
     if rank == 0:
         lock_file = lock(a.out)  # noqa: F841, an open file keeps the lock
-        if not a.resume:
+        if not a.resume and (a.out / "ckpt.pt").exists():  # else a log is of a run that saved nothing
             set_aside(a.out / "ckpt.pt")
             set_aside(a.out / "log.csv")
-        log = open(a.out / "log.csv", "a", buffering=1)  # --resume after a kill repeats lines
+        log = open(a.out / "log.csv", "a" if a.resume else "w", buffering=1)  # --resume after a kill repeats lines
         if log.tell() == 0:
             print("step,stage,t,loss,lr,seconds", file=log)
         print(f"model      {a.preset}, {sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dtype}")

@@ -22,6 +22,9 @@ class Bad(Exception):
 
 def run(main):
     """Runs a script's main. Bad input, a full disk or too little memory is one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")  # no name or prompt ends a run since it cannot be shown
     try:
         return main()
     except KeyboardInterrupt:
@@ -29,7 +32,7 @@ def run(main):
     except Bad as e:
         line = str(e)  # e would keep main's variables, and the processes that draw, until Python ends
     except OSError as e:
-        line = f"{e.filename or 'output'}: {e.strerror or e}"
+        line = f"{e.filename2 or e.filename or 'output'}: {e.strerror or e}"
     except (MemoryError, RuntimeError) as e:
         # Torch's are RuntimeErrors: "can't allocate memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED".
         if not isinstance(e, MemoryError) and not re.search("alloc|out of memory", str(e), re.IGNORECASE):
@@ -98,7 +101,7 @@ def write(path, save):
     except Exception as e:  # a full disk (of which torch makes a RuntimeError), more pixels than the format can hold
         full = getattr(e, "errno", None) == errno.ENOSPC or "unexpected pos" in str(e)
         reason = "the disk is full" if full else getattr(e, "strerror", None) or e
-        raise Bad(f"{path}: it cannot be written ({reason}); choose another place with --out") from None
+        raise Bad(f"{path}: it cannot be written ({reason}); choose another place") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -163,7 +166,7 @@ def choose_hardware(a):
     try:
         device = torch.empty(0, device=name).device
         torch.autocast(device.type)  # "meta" has none
-    except (RuntimeError, AssertionError) as e:
+    except (RuntimeError, AssertionError, ImportError) as e:
         reason = str(e).split("\n")[0]
         raise Bad(f"--device {name}: there is none here ({reason}); --device cpu always works") from None
     if device.type == "cuda":
@@ -183,4 +186,6 @@ def mix_seed(seed, draw):
 
 def ranks():
     """The number of this process among those that torchrun started, and how many they are: (0, 1) without torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:  # one alone is of something else
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

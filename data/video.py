@@ -95,7 +95,8 @@ def pictures(path, frames, fps, place, length):
         with need("av", path).open(str(path)) as file:
             stream = file.streams.video[0]
             stretch = stream.sample_aspect_ratio or 1  # of pixels that are not square
-            file.seek(int(times[chosen[0]] / stream.time_base), stream=stream)  # or to the key frame before
+            # To the key frame before. An MP4 counts the order of decoding here, up to 16 pictures from that of showing.
+            file.seek(int(times[max(0, chosen[0] - 16)] / stream.time_base), stream=stream)
             decoded = file.decode(stream)
             frame = next(decoded, None)
             for moment in times[chosen]:

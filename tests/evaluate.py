@@ -170,8 +170,9 @@ def report(psnrs, measures, context, seconds):
         print(f"{name:28}" + "".join(f"{value:10.2f} ± {e:4.2f}" for value, e in zip(row, error)))
 
     sample, copy, ceiling = table.mean(1).tolist()
+    gap_closed = (sample - copy) / (ceiling - copy) if ceiling > copy else None  # a poor tokenizer leaves no gap
     result = {"psnr": sample, "psnr_copy": copy, "psnr_tokenizer": ceiling,
-              "gap_closed": (sample - copy) / (ceiling - copy), "seconds": seconds,
+              "gap_closed": gap_closed, "seconds": seconds,
               "psnr_error": psnrs[:, 0].mean(1).std(correction=0).item() / count**0.5,
               **dict(zip(MEASURES, means[0].tolist()))}  # None for what applies to no clip
     result = {name: value if value is None else round(value, 4) for name, value in result.items()}

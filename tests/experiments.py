@@ -52,7 +52,7 @@ class Lab:
         self.file = self.folder / "results.json"
         self.results = json.loads(self.file.read_text()) if self.file.exists() else {}
         settings = {"clips": a.clips, "steps": list(a.steps), "ckpt": str(self.ckpt.resolve()),
-                    "changed": self.ckpt.stat().st_mtime}
+                    "changed": self.ckpt.stat().st_mtime, "hardware": f"{self.device} {self.dtype}"}
         if self.results.get("settings", settings) != settings:
             earlier = self.results["settings"]
             raise Bad(f"{self.folder}: it holds results of {earlier}; remove it, or choose another --out")

@@ -24,7 +24,7 @@ import tokenizer
 import train
 import videomar
 from data import world
-from data.files import DATA, Bad, choose_hardware, run
+from data.files import DATA, Bad, choose_hardware, ranks, run
 from data.video import enlarge, read_clip, to_float, write_video
 
 
@@ -380,6 +380,7 @@ BAD = [
     ([*CAT, "--device", "cuda"], ["--device cuda", "cpu"]),
     ([*CAT, "--device", "toaster"], ["--device toaster", "cpu"]),
     ([*CAT, "--device", "meta"], ["--device meta", "cpu"]),
+    ([*CAT, "--device", "hpu"], ["--device hpu", "cpu"]),
     ([*CAT, "--tokenizer", "nowhere"], ["nowhere", "no such file"]),
     ([*CAT, "--tokenizer", "nothing"], ["nothing", "encoder.jit"]),
     ([*CAT, "--ckpt", "notok.pt"], ["notok.pt: its tokenizer does not fit", "tokenizer.py"]),
@@ -417,6 +418,35 @@ def test_too_little_memory_is_one_line(tiny, monkeypatch, where, error):
     monkeypatch.setattr(where, full)
     code, _, err = tiny(*CAT)
     assert code == 2 and "not enough memory" in err and len(err.strip().split("\n")) == 1
+
+
+def test_what_a_terminal_cannot_show_ends_nothing(tmp_path):
+    """A prompt in other letters, and a file name that is no UTF-8."""
+    place = os.fsdecode(os.fsencode(tmp_path / "b") + b"\xe4.gif")
+    env = {"PYTHONIOENCODING": "ascii:strict"}
+    done = script("sample.py", *CAT, "--prompt", "猫", "--frames", 5, "--out", place, env=env)
+    assert done.returncode == 0 and r"b\udce4.gif" in done.stdout and Path(place).exists(), done.stderr
+
+
+@pytest.mark.parametrize("names, told", [((), "output"), (("a",), "a"), (("a", None, "b"), "b")])
+def test_an_error_of_the_system_names_the_file_that_is_written(monkeypatch, capsys, names, told):
+    def main():
+        raise OSError(28, "No space left on device", *names)
+
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    with pytest.raises(SystemExit):
+        run(main)
+    assert capsys.readouterr().err == f"sample.py: {told}: No space left on device\n"
+
+
+def test_ranks_are_those_of_torchrun_alone(monkeypatch):
+    """Other programs set one of its two variables."""
+    monkeypatch.setenv("RANK", "1")
+    assert ranks() == (0, 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert ranks() == (1, 2)
+    monkeypatch.delenv("RANK")
+    assert ranks() == (0, 1)
 
 
 def test_bfloat16_is_taken_where_it_is_fast(monkeypatch):
@@ -507,7 +537,7 @@ def test_a_full_disk_keeps_the_old_file(tiny, folder, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", full)
     code, _, err = tiny(*CAT, "--out", "a.png")
-    line = "sample.py: a.png: it cannot be written (the disk is full); choose another place with --out"
+    line = "sample.py: a.png: it cannot be written (the disk is full); choose another place"
     assert code == 2 and err.strip().split("\n")[-1] == line  # below the progress bars
     assert os.listdir() == ["a.png"] and (folder / "a.png").read_text() == "precious"
 

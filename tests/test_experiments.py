@@ -31,7 +31,7 @@ def test_a_score_is_kept_and_says_how_it_was_sampled(folder, tiny_files, monkeyp
     changed = experiments.replace(TINY_SAMPLING, temperature=0.3, unmask_steps=1)
     assert two == (2, 9, (16, 24), changed, out / "b.png", 2, "") and draw == other_draw
     assert experiments.Lab(options(folder, tiny_files)).score("a") == {"psnr": 1.0} and len(seen) == 2
-    for changes in ({"clips": 3}, {"steps": (3,)}):
+    for changes in ({"clips": 3}, {"steps": (3,)}, {"dtype": "bfloat16"}):
         with pytest.raises(Bad, match="it holds results of"):
             experiments.Lab(options(folder, tiny_files, **changes))
 

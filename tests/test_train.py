@@ -449,6 +449,16 @@ def test_a_resumed_run_may_get_longer_but_its_past_stays(folder, monkeypatch, ti
     assert a.steps == [3, 9]
 
 
+def test_a_run_that_saved_nothing_does_not_part_a_checkpoint_from_its_log(folder, monkeypatch, tiny_files):
+    args = [*SHORT, "--tokenizer", tiny_files / "tokenizer.pt"]
+    assert run_train(monkeypatch, *args) == 0 and run_train(monkeypatch, *args, "--seed", 1) == 0
+    before = [(folder / "out" / name).read_bytes() for name in ("ckpt-before.pt", "log-before.csv")]
+    os.remove("out/ckpt.pt")
+    assert run_train(monkeypatch, *args, "--seed", 2) == 0
+    assert [(folder / "out" / name).read_bytes() for name in ("ckpt-before.pt", "log-before.csv")] == before
+    assert len(columns("out/log.csv")) == 3  # the head, its own step, the end
+
+
 def test_nothing_of_an_earlier_run_is_lost(folder, monkeypatch, tiny_files):
     """Checkpoint and log when another one begins in its folder, and when one that goes on fails."""
     args = [*ARGS, "--tokenizer", tiny_files / "tokenizer.pt"]
@@ -626,6 +636,7 @@ def test_two_ranks_may_write_one_file_at_a_time(folder, monkeypatch):
     def first(part):
         part.write_text("first")
         monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
         files.write("f", lambda part: part.write_text("second"))
         assert (folder / "f").read_text() == "second"
 
