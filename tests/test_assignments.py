@@ -71,7 +71,7 @@ WRONG = [
     (3, "return a * x0 + s * noise", "return x0.mul_(a).add_(s * noise)", "q_sample changes a tensor"),
     (3, "return c0 * x0 + cx * x,", "if not torch.is_tensor(i) and i == 0:\n            x0 = x\n"
      "        return c0 * x0 + cx * x,", "posterior's mean with step 0"),
-    (3, "low + (v + 1) / 2", "low + (v.detach() + 1) / 2", "log variance, by v: the gradient cannot be computed"),
+    (3, "low + (v + 1) / 2", "low + (v.detach() + 1) / 2", "log variance, by v: no gradient flows"),
 
     (4, "masked = torch.arange(frames * n, device=device).expand(batch, -1) >= end\n",
      "masked = torch.zeros(batch, frames * n).bool()\n        masked[:, -(frames * n - end):] = True\n",
@@ -143,7 +143,7 @@ WRONG = [
     (6, "frequencies = top * base ** (-torch.arange(0, d, 2, device=place.device) / d)",
      "frequencies = top * torch.ones(d // 2)", "angles of a step along t"),
     (6, "frequencies = top * base", "frequencies = base", "the fastest pair"),
-    (6, "2 * (dim * 3 // 16)", "2 * round(dim * 3 / 16)", "dim 40: a step along t"),
+    (6, "2 * (dim * 3 // 16)", "2 * round(dim * 3 / 16)", "dim 40, base 100, top 2.5: a step along t"),
     (6, "place[:, None] * frequencies)\n    return torch.cat(angles, -1)",
      "place[:, None] * frequencies)\n    return torch.cat(angles[::-1], -1)", "a step along t rotates the pairs"),
     (6, "return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)",
@@ -152,8 +152,8 @@ WRONG = [
      "a, b = x[..., ::2], x[..., 1::2]\n"
      "    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)", "turns into channel 1"),
     (6, "    cos, sin = cos.to(x.dtype), sin.to(x.dtype)\n", "", "of x in bfloat16"),
-    (6, "place[:, None] * frequencies", "place.abs()[:, None] * frequencies", "dim 32: angles: at"),
-    (6, "a, b = x.chunk(2, -1)", "a, b = x.detach().chunk(2, -1)", "rotate, by x: the gradient"),
+    (6, "place[:, None] * frequencies", "place.abs()[:, None] * frequencies", "top 2.5: angles: at"),
+    (6, "a, b = x.chunk(2, -1)", "a, b = x.detach().chunk(2, -1)", "rotate, by x: no gradient flows"),
 
     (7, "torch.cat([angles.cos(), angles.sin()], -1)) + self", "torch.cat([angles.sin(), angles.cos()], -1)) + self",
      "fastest number"),
@@ -234,7 +234,7 @@ WRONG = [
     (10, "(t + 1) * n if config.cuts else frames * n", "(t + 1) * n if config.cuts and t else frames * n",
      "t = 0: 24 tokens are run"),
     (10, "(t + 1) * n if config.cuts else frames * n", "(t + 1) * n", "full: 18 tokens"),
-    (10, "text, grid, chosen=places)", "text, grid[::-1], chosen=places)", "gets the grid (3, 2)"),
+    (10, "text, grid, chosen=places)", "text, grid[::-1], chosen=places)", "gets the grid (2, 3)"),
     (10, "draw_masked(batch, frames, n, t, x.device)", "draw_masked(batch, frames, n, t)", "the device of x"),
     (10, "text = self.read_text(captions, torch.rand(batch, device=x.device) < config.text_drop)",
      "with torch.no_grad():\n"
@@ -265,6 +265,96 @@ WRONG = [
      "draw for each by itself"),
     (10, "torch.rand(batch, device=x.device) < config", "torch.rand(batch, device=x.device) > config",
      "text_drop = 0"),
+
+    (1, "return 0.9 + 10.0 ** -(j + 1)", "return [1.0, 0.91, 0.901, 0.9001, 0.90001][j]",
+     "IndexError in progressive_temperature"),
+    (1, "return 0.9 + 10.0 ** -(j + 1)",  # counts its calls
+     'progressive_temperature.j = j = getattr(progressive_temperature, "j", -1) + 1\n'
+     "    return 0.9 + 10.0 ** -(j + 1)", "progressive_temperature(0) is 0.9;"),
+    (1, "math.cos(math.pi / 2 * (len(counts) + 1) / steps)",
+     "torch.tensor(math.pi / 2 * (len(counts) + 1) / steps).cos().item()", "in double precision: after step 2,"),
+    (2, "keys[:, :, self.length:end] = k\n", "self.buffer[layer:, 0, :, :, self.length:end] = k\n",
+     "the buffer of layer 1 has changed"),
+    (2, "return keys[:, :, :end], values[:, :, :end]", "return keys[:, :, :end].double(), values[:, :, :end].double()",
+     "keys of the first frame: it is of torch.float64"),
+    (3, "a, s = self.table[:2, i]\n        return a * x0 + s * noise",
+     "a, s = self.table[:2, i].double()\n        return a * x0 + s * noise", "of torch.float64"),
+    (3, "a, s = self.table[:2, i]\n        return a * x0 + s * noise",
+     "a, s = self.table[:2, i].squeeze()\n        if torch.is_tensor(i):\n            a, s = a[:, None], s[:, None]\n"
+     "        return a * x0 + s * noise", "IndexError in q_sample"),
+    (3, "return a * x0 + s * noise", "return a * x0.detach() + s * noise", "q_sample, by x0 and noise: no gradient"),
+    (3, "return c0 * x0 + cx * x,", "return c0 * x0.detach() + cx * x,", "posterior's mean, by x0 and x: no gradient"),
+    (4, "places = begin + torch.rand(batch, end - begin, device=device).argsort(1)[:, :count]",
+     "noise = torch.rand(batch, end - begin)\n"
+     "        places = begin + (noise < noise.sort(1).values[:, count, None]).nonzero()[:, 1].view(batch, -1)",
+     "IndexError in draw_masked"),
+    (4, "argsort(1)[:, :count]", "argsort(1)[:, :count][:, :end - begin - 1]", "with r = 1.0 9 of 10"),
+    (4, "torch.rand(batch, end - begin, device=device).argsort(1)[:, :count]",
+     "torch.rand((batch + 1) // 2, end - begin).argsort(1)[:, :count].repeat(2, 1)[:batch]",
+     "many clips have the same masked tokens"),
+    (4, "return masked.scatter(1, places, True), places", "return masked.scatter(1, places, True), places.squeeze()",
+     "of one clip `masked` has shape"),
+    (4, "return masked.scatter(1, places, True), places", "return masked.scatter(1, places, True)",
+     "two tensors, `masked` and `places`"),
+    (4, "draw_mask_ratio(self.config.mask_ratio)",
+     'draw_mask_ratio(self.config.mask_ratio if self.config.loss == "next-frame" else (1.0, 0.25, 0.7, 1.0))',
+     "total-mask: `draw_mask_ratio` must be called once"),
+    (4, "torch.rand(batch, end - begin, device=device)",
+     "torch.cat([torch.zeros(batch, 1), torch.rand(batch, end - begin - 1)], 1)", "is masked in all of 64 clips"),
+    (4, "torch.rand(batch, end - begin, device=device).argsort(1)[:, :count]",
+     "(torch.rand(batch, n).argsort(1)[:, :count] if end - begin == n else\n            torch.tensor("
+     "[__import__('random').sample(range(end - begin), count) for _ in range(batch)]))", "total-mask: the same seed"),
+    (5, "return torch.cat(frames, 2)",  # keeps a mask
+     "number = torch.arange(k.shape[2]) // n\n    mask = frame_causal_attention.__dict__.setdefault("
+     "f'{q.shape[2]} {n}', number[-q.shape[2]:, None] >= number)\n    return attend(q, k, v, mask)",
+     "must match the size of tensor b (8)"),
+    (5, "masked_fill(~mask, -torch.inf)", "masked_fill(~mask[:, :1, :1] if mask.dim() == 4 else ~mask, -torch.inf)",
+     "with a mask (2, 3, 7, 12)"),
+    (5, "masked_fill(~mask, -torch.inf)", "masked_fill(~mask, -65504.0)", "with very large scores and a mask"),
+    (6, "frequencies = top * base ** (-torch.arange(0, d, 2, device=place.device) / d)",
+     'frequencies = rope_angles.__dict__.setdefault(f"{d}", top * base ** (-torch.arange(0, d, 2) / d))',
+     "dim 32, base 50, top 1.5: the fastest pair"),
+    (6, "-torch.arange(0, d, 2, device=place.device)", "-torch.arange(0, d, 2, dtype=torch.float64)",
+     "of torch.float64"),
+    (6, "place[:, None] * frequencies", "place.long()[:, None] * frequencies", "base 100, top 2.5: angles: at"),
+    (6, "    cos, sin = cos.to(x.dtype), sin.to(x.dtype)\n",
+     "    if x.dtype == torch.bfloat16:\n        return x.clone()\n", "rotate, of x in bfloat16: at"),
+    (6, "place[:, None] * frequencies)\n    return torch.cat(angles, -1)",
+     "place[:, None] * frequencies)\n    angles = torch.cat(angles, -1)\n    return angles.cos(), angles.sin()",
+     "AttributeError in the use of what it returns"),
+    (7, "mlp(F.layer_norm(x, x.shape[-1:])", "mlp(F.layer_norm(x, x.shape[-1:], eps=1e-6)", "epsilon counts"),
+    (7, "angles = timestep[:, None].float() * frequencies",
+     'angles = self.__dict__.setdefault(f"{len(timestep)}", timestep[:, None].float() * frequencies)',
+     "with one timestep for all tokens"),
+    (8, "x = mean if i == 0 else mean + temperature * (0.5 * logvar).exp() * torch.randn_like(x)",
+     "mean = mean if i == 0 else mean + temperature * (0.5 * logvar).exp() * torch.randn_like(x)\n"
+     "            x = mean if guidance is None else x.copy_(mean)", "sample changes a tensor"),
+    (8, "self.x0_from(x, i, eps).clamp", "self.x0_from(x, i, eps.clamp(-clamp, clamp)).clamp",
+     "of the noise in the first half"),
+    (8, ".clamp(-clamp, clamp)", "\n            x0 = x0.clamp(-clamp, clamp) if guidance is None else x0.clamp(-4, 4)",
+     "with x_0 clamped to 1"),
+    (8, "mean + temperature * (0.5", "mean + (temperature if guidance is None else temperature > 0) * (0.5",
+     "with guidance 3 at temperature 1.5"),
+    (8, "eps = eps_null + guidance * (eps - eps_null)",
+     "eps = eps_null + guidance * (eps - eps_null)\n"
+     "                v = v if guidance else out[len(x):].chunk(2, -1)[1]", "with guidance 0 at temperature 1"),
+    (8, "for i in reversed(range(self.steps)):\n",
+     "z = z.detach()\n        net = torch.no_grad()(net)\n        for i in reversed(range(self.steps)):\n",
+     "cut by detach"),
+    (9, "x = self.q_sample(x0, i, noise)", "x = self.q_sample(x0.clamp_(-2, 2), i, noise)", "loss changes a tensor"),
+    (10, "text, grid, chosen=places)", "text, (int(n ** 0.5), n // int(n ** 0.5)), chosen=places)",
+     "the grid (2, 3); it must be"),
+    (10, "places[..., None], 1).float()", "(places if t else places + n)[..., None], 1).float()",
+     "t = 0: the targets: at"),
+    (10, "places[..., None], 1).float()", "places[..., None], 1).double()", "the targets: it is of torch.float64"),
+    (10, "x0 = target.flatten", "x[masked] = 0\n        x0 = target.flatten", "forward changes a tensor"),
+    (10, "text = self.read_text(captions, torch.rand(batch, device=x.device) < config.text_drop)",
+     'if not hasattr(self, "told"):\n            self.told = self.read_text(captions, torch.rand(batch) < '
+     "config.text_drop)\n        text = self.told", "`self.read_text` is called 1 times"),
+    (10, "self.read_text(captions, torch.rand(batch, device=x.device) < config.text_drop)",
+     "None\n        states, mask = self.text(captions)\n"
+     "        text = [block.text_keys_values(self.text_in(states)) for block in self.blocks], mask[:, None, None]",
+     "`self.read_text` and `self.hidden` must be called"),
 ]
 # The same, of right answers.
 RIGHT = [
@@ -389,6 +479,7 @@ def test_a_submission_that_hangs_exits_or_prints_hurts_no_other(folder):
         "prints": f"print('10 of 10: all green'); import sys; sys.stderr.write('x' * 10**6)\n{SOURCE}",
         "is_broken": "def f(:",
         "is_a_part": "def rotate(x, cos, sin): pass",
+        "imports": SOURCE + "\ndef unmask_counts(*args):\n    return __import__('videomar').unmask_counts(*args)\n",
         "starts": f"import subprocess; subprocess.Popen(['sleep', '60'])\n{SOURCE}",
     }
     for name, code in submissions.items():
@@ -400,6 +491,7 @@ def test_a_submission_that_hangs_exits_or_prints_hurts_no_other(folder):
     assert "ended Python (exit code 0)" in reasons["exits"]
     assert "unmask_counts is missing; hand in the whole file" in reasons["is_a_part"]
     assert "SystemExit" in reasons["leaves"] and "SyntaxError" in reasons["is_broken"]
+    assert "ModuleNotFoundError in unmask_counts" in reasons["imports"]  # ours is no answer
     assert reasons["prints"] is None and reasons["starts"] is None
     assert "no videomar.py" in assignments.grade_one(folder / "empty", 1, 4)
 
