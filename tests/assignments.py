@@ -1,7 +1,7 @@
 """The course: hands out the exercises of tests/assignments.md, and grades what comes back.
 
     python tests/assignments.py start DIR            a folder of the student's own, with all exercises blank
-    python tests/assignments.py start DIR --only 3   the same, with the other ones solved
+    python tests/assignments.py start DIR --only 3   the same, with the other ones solved; so for grade
     python tests/assignments.py --hint 3             a hint for exercise 3; --hint 3 2 is the second
     python tests/assignments.py grade DIR...         what is right in each folder, and what is wrong first
 
@@ -75,7 +75,7 @@ def start(folder, only):
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Bad(f"{folder}: there is something in it; name a folder that is new, so that no answer is lost")
     head, texts = read_texts()
-    chosen = [only] if only else list(texts)
+    chosen = [exercise for exercise in texts if not only or exercise in only]
     folder.mkdir(parents=True, exist_ok=True)
     copy_code(folder)
     names = [name for exercise in chosen for name in EXERCISES.get(exercise, ())]
@@ -134,19 +134,21 @@ def grade_one(folder, exercise, limit):
         return None if told == "right" else told or "its verdict could not be written; is the disk full?"
 
 
-def grade(folders, limit, path, film):
+def grade(folders, limit, path, film, only=None):
     """Prints a line for each folder, and one for each exercise that is red.
 
-    limit: seconds for a check; path: of a csv for the points, or None; film: whether to make one where all is green.
+    limit: seconds for a check; path: of a csv for the points, or None; film: whether to make one where all is green;
+    only: the exercises to check, by default all.
     """
-    jobs = [(folder, exercise, limit) for folder in folders for exercise in EXERCISES]
+    exercises = [exercise for exercise in EXERCISES if not only or exercise in only]
+    jobs = [(folder, exercise, limit) for folder in folders for exercise in exercises]
     rows = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         reasons = pool.map(lambda job: grade_one(*job), jobs)
         for folder in folders:
-            wrong = {exercise: next(reasons) for exercise in EXERCISES}
+            wrong = {exercise: next(reasons) for exercise in exercises}
             marks = ["red" if reason else "green" for reason in wrong.values()]
-            line = "  ".join(f"{exercise} {mark}" for exercise, mark in zip(EXERCISES, marks))
+            line = "  ".join(f"{exercise} {mark}" for exercise, mark in zip(exercises, marks))
             print(f"{folder}: {marks.count('green')} of {len(marks)}: {line}", flush=True)
             for exercise, reason in wrong.items():
                 if reason:
@@ -154,10 +156,10 @@ def grade(folders, limit, path, film):
             rows.append([folder, *(int(mark == "green") for mark in marks), marks.count("green")])
     if path:
         table = io.StringIO()
-        csv.writer(table).writerows([["folder", *EXERCISES, "points"], *rows])
+        csv.writer(table).writerows([["folder", *exercises, "points"], *rows])
         write(path, lambda part: part.write_text(table.getvalue(), encoding="utf-8"))
     for folder, *_, points in rows:
-        if film and points == len(EXERCISES):
+        if film and not only and points == len(EXERCISES):
             try:
                 make_film(folder)
             except Bad as e:  # the films of the others are made all the same
@@ -204,9 +206,10 @@ def options_parser():
     commands = parser.add_subparsers(dest="command", parser_class=Parser)
     one = commands.add_parser("start", help="write a folder with the exercises")
     one.add_argument("folder", type=Path, help="folder to write, which is new or empty")
-    one.add_argument("--only", type=int, choices=range(1, 12), help="this exercise alone is blank (all)")
+    one.add_argument("--only", type=int, nargs="+", choices=range(1, 12), help="these alone are blank (all)")
     many = commands.add_parser("grade", help="check folders")
     many.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folders with a videomar.py each")
+    many.add_argument("--only", type=int, nargs="+", choices=EXERCISES, help="these exercises, and no film (all)")
     many.add_argument("--csv", type=Path, help="write points to this file, a row for each folder (none)")
     many.add_argument("--limit", type=number(float, 1), default=30.0, help="seconds for each check (30)")
     many.add_argument("--no-film", action="store_true", help="train no model where all is green (off)")
@@ -225,7 +228,7 @@ def main():
         for folder in a.folders:
             if not folder.is_dir():
                 raise Bad(f"{folder}: no such folder; name the folders that the students handed in")
-        grade(a.folders, a.limit, a.csv, not a.no_film)
+        grade(a.folders, a.limit, a.csv, not a.no_film, a.only)
     else:
         raise Bad("nothing to do: give start DIR, grade DIR..., or --hint EXERCISE")
 

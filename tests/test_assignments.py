@@ -451,7 +451,7 @@ def test_start_writes_a_folder_and_changes_nothing_else(folder):
     again = script("tests/assignments.py", "start", "mine")
     assert again.returncode == 2 and "no answer is lost" in again.stderr
 
-    assignments.start(folder / "one", 3)
+    assignments.start(folder / "one", [3])
     text, code = (folder / "one/README.md").read_text(), (folder / "one/videomar.py").read_text()
     assert code.count("is not written yet") == 2 and "## 3." in text and "## 4." not in text
     assert f"{ROOT}/README.md" in text and f"{ROOT}/tests/assignments.py grade ." in text
@@ -513,6 +513,8 @@ def test_grade_tells_of_each_folder_and_writes_points(folder, monkeypatch, capsy
                      "bob: 2 of 2: 1 green  2 green"]
     assert list(csv.reader((folder / "points.csv").open())) == [
         ["folder", "1", "2", "points"], ["ann", "1", "0", "1"], ["bob", "1", "1", "2"]]
+    assignments.grade([Path("ann")], 60, None, True, [2])  # one exercise alone, and no film
+    assert capsys.readouterr().out.startswith("ann: 0 of 1: 2 red\n")
 
 
 def test_all_green_is_rewarded_with_a_film(folder, monkeypatch):
