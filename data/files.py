@@ -82,12 +82,12 @@ def sizes(like):
 def check_writable(path):
     """Raises Bad unless a file can be written at `path`, whose folders may still be missing."""
     if path.is_dir():
-        raise Bad(f"--out {path}: it is a folder; give the name of a file")
+        raise Bad(f"{path}: it is a folder; give the name of a file")
     folder = next(p for p in path.absolute().parents if p.exists())
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
-        raise Bad(f"--out {path}: {folder} is not a folder that can be written ({e.strerror})") from None
+        raise Bad(f"{path}: {folder} is not a folder that can be written ({e.strerror})") from None
 
 
 def write(path, save):

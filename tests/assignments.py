@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # for this file as a scri
 from PIL import Image
 
 from assignment_checks import EXERCISES
-from data.files import Bad, Parser, number, run, write
+from data.files import Bad, Parser, check_writable, number, run, write
 
 ROOT, TESTS = Path(__file__).parent.parent, Path(__file__).parent
 CODE = ("videomar.py", "sample.py", "train.py", "tokenizer.py", "requirements.txt", "LICENSE", "data")
@@ -150,15 +150,15 @@ def grade(folders, limit, path, film, only=None):
             marks = ["red" if reason else "green" for reason in wrong.values()]
             line = "  ".join(f"{exercise} {mark}" for exercise, mark in zip(exercises, marks))
             print(f"{folder}: {marks.count('green')} of {len(marks)}: {line}", flush=True)
-            for exercise, reason in wrong.items():
-                if reason:
-                    print(f"    {exercise} red: {reason}", flush=True)
-            rows.append([folder, *(int(mark == "green") for mark in marks), marks.count("green")])
+            errors = [f"{exercise} red: {reason}" for exercise, reason in wrong.items() if reason]
+            for error in errors:
+                print(f"    {error}", flush=True)
+            rows.append([folder, *(int(mark == "green") for mark in marks), marks.count("green"), "\n".join(errors)])
     if path:
         table = io.StringIO()
-        csv.writer(table).writerows([["folder", *exercises, "points"], *rows])
+        csv.writer(table).writerows([["folder", *exercises, "points", "errors"], *rows])
         write(path, lambda part: part.write_text(table.getvalue(), encoding="utf-8"))
-    for folder, *_, points in rows:
+    for folder, *_, points, _ in rows:
         if film and not only and points == len(EXERCISES):
             try:
                 make_film(folder)
@@ -210,7 +210,7 @@ def options_parser():
     many = commands.add_parser("grade", help="check folders")
     many.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folders with a videomar.py each")
     many.add_argument("--only", type=int, nargs="+", choices=EXERCISES, help="these exercises, and no film (all)")
-    many.add_argument("--csv", type=Path, help="write points to this file, a row for each folder (none)")
+    many.add_argument("--csv", type=Path, help="write points and errors to this file, a row for each folder (none)")
     many.add_argument("--limit", type=number(float, 1), default=30.0, help="seconds for each check (30)")
     many.add_argument("--no-film", action="store_true", help="train no model where all is green (off)")
     return parser
@@ -228,6 +228,8 @@ def main():
         for folder in a.folders:
             if not folder.is_dir():
                 raise Bad(f"{folder}: no such folder; name the folders that the students handed in")
+        if a.csv:
+            check_writable(a.csv)
         grade(a.folders, a.limit, a.csv, not a.no_film, a.only)
     else:
         raise Bad("nothing to do: give start DIR, grade DIR..., or --hint EXERCISE")

@@ -512,9 +512,12 @@ def test_grade_tells_of_each_folder_and_writes_points(folder, monkeypatch, capsy
     assert lines == ["ann: 1 of 2: 1 green  2 red", "    2 red: Cache.update is not written yet",
                      "bob: 2 of 2: 1 green  2 green"]
     assert list(csv.reader((folder / "points.csv").open())) == [
-        ["folder", "1", "2", "points"], ["ann", "1", "0", "1"], ["bob", "1", "1", "2"]]
+        ["folder", "1", "2", "points", "errors"], ["ann", "1", "0", "1", "2 red: Cache.update is not written yet"],
+        ["bob", "1", "1", "2", ""]]
     assignments.grade([Path("ann")], 60, None, True, [2])  # one exercise alone, and no film
     assert capsys.readouterr().out.startswith("ann: 0 of 1: 2 red\n")
+    done = script("tests/assignments.py", "grade", "ann", "--csv", "bob")  # is told before anything is graded
+    assert done.returncode == 2 and "bob: it is a folder" in done.stderr and not done.stdout
 
 
 def test_all_green_is_rewarded_with_a_film(folder, monkeypatch):
