@@ -29,6 +29,7 @@ from data.files import DATA, Bad, Parser, choose_hardware, number, run, sizes, w
 from data.video import psnr, to_float, to_uint8, write_strip, write_video
 from evaluate import best_shape, centres, evaluate, sprite_masks
 from sample import generate, load_checkpoint, load_model
+from train import stage_steps
 from videomar import Sampling
 
 EXPERIMENTS = {}
@@ -51,7 +52,7 @@ class Lab:
         self.sampling = Sampling(**load_checkpoint(self.ckpt)["sampling"])
         self.file = self.folder / "results.json"
         self.results = json.loads(self.file.read_text()) if self.file.exists() else {}
-        settings = {"clips": a.clips, "steps": list(a.steps), "ckpt": str(self.ckpt.resolve()),
+        settings = {"clips": a.clips, "steps": a.steps, "ckpt": str(self.ckpt.resolve()),
                     "changed": self.ckpt.stat().st_mtime, "hardware": f"{self.device} {self.dtype}"}
         if self.results.get("settings", settings) != settings:
             earlier = self.results["settings"]
@@ -66,9 +67,7 @@ class Lab:
         What begins with a checkpoint lies in the experiment's folder, which does not take results of another one.
         """
         place = self.folder if "--init" in options else self.a.out / "trained"
-        out, steps = place / f"{name}-{seed}", list(steps or self.a.steps)
-        if len(steps) == 1:
-            steps *= len(frames.split(","))
+        out, steps = place / f"{name}-{seed}", steps or self.a.steps
         self.bar.set_postfix_str(f"training {out.name}")
         arguments = [sys.executable, ROOT / "train.py", "--out", out]
         for option in ("device", "dtype"):
@@ -249,7 +248,7 @@ def video2video(lab):
 @experiment
 def curriculum(lab):
     """5, 13, 25 frames against 25 from the start, at equal token work: a step's tokens are (T + 2) / 2 frames."""
-    steps = list(lab.a.steps) if len(lab.a.steps) == 3 else list(lab.a.steps) * 3
+    steps = lab.a.steps
     equal = round((2 * steps[0] + 3 * steps[1] + 4.5 * steps[2]) / 4.5)
     rows = []
     for name, frames, count in (("videomar", "5,13,25", steps), ("long", "25", [equal])):
@@ -437,6 +436,7 @@ def main():
     add("--out", type=Path, default=Path("out/experiments"), help="folder of the tables (out/experiments)")
     parser.add_hardware()
     a = parser.parse_args()
+    a.steps = stage_steps((5, 13, 25), a.steps, None)
     EXPERIMENTS[a.name](Lab(a))
 
 

@@ -1,4 +1,5 @@
 """Experiments: what is trained and scored for which line of a table, what is kept, and scores that are their own."""
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from data.video import read_clip, to_float
 
 def options(folder, tiny_files, **changes):
     return SimpleNamespace(**{**dict(name="table5", out=folder / "out", ckpt=tiny_files / "ckpt.pt", clips=2, seeds=2,
-                                     steps=(2,), device="cpu", dtype="float32"), **changes})
+                                     steps=[2, 2, 2], device="cpu", dtype="float32"), **changes})
 
 
 def test_a_score_is_kept_and_says_how_it_was_sampled(folder, tiny_files, monkeypatch):
@@ -31,9 +32,23 @@ def test_a_score_is_kept_and_says_how_it_was_sampled(folder, tiny_files, monkeyp
     changed = experiments.replace(TINY_SAMPLING, temperature=0.3, unmask_steps=1)
     assert two == (2, 9, (16, 24), changed, out / "b.png", 2, "") and draw == other_draw
     assert experiments.Lab(options(folder, tiny_files)).score("a") == {"psnr": 1.0} and len(seen) == 2
-    for changes in ({"clips": 3}, {"steps": (3,)}, {"dtype": "bfloat16"}):
+    for changes in ({"clips": 3}, {"steps": [3, 3, 3]}, {"dtype": "bfloat16"}):
         with pytest.raises(Bad, match="it holds results of"):
             experiments.Lab(options(folder, tiny_files, **changes))
+
+
+def test_steps_are_those_of_three_stages(monkeypatch):
+    seen = []
+    monkeypatch.setattr(experiments, "Lab", lambda a: seen.append(a.steps))
+    monkeypatch.setitem(experiments.EXPERIMENTS, "table4", lambda lab: None)
+    for steps in ("7", "1,2,3", "1,2"):
+        monkeypatch.setattr(sys, "argv", ["experiments.py", "table4", "--steps", steps])
+        if steps == "1,2":
+            with pytest.raises(Bad, match="--steps has 2 numbers for 3 stages"):
+                experiments.main()
+        else:
+            experiments.main()
+    assert seen == [[7, 7, 7], [1, 2, 3]]
 
 
 def test_clips_are_sampled_from_a_first_frame_or_from_text_alone(folder, tiny_files, monkeypatch):
@@ -92,7 +107,7 @@ class Notes:
     """Stands in for Lab: it notes what is trained, scored and written. The PSNR of a score is its number."""
 
     def __init__(self, folder):
-        self.a, self.folder = SimpleNamespace(seeds=2, clips=4, steps=(700, 150, 350)), folder
+        self.a, self.folder = SimpleNamespace(seeds=2, clips=4, steps=[700, 150, 350]), folder
         self.ckpt, self.device, self.trained, self.scored = Path("given.pt"), torch.device("cpu"), [], []
 
     def train(self, name, seed=0, *options, frames="5,13,25", steps=None):
