@@ -39,8 +39,13 @@ def test_a_score_is_kept_and_says_how_it_was_sampled(folder, tiny_files, monkeyp
 
 def test_steps_are_those_of_three_stages(monkeypatch):
     seen = []
-    monkeypatch.setattr(experiments, "Lab", lambda a: seen.append(a.steps))
-    monkeypatch.setitem(experiments.EXPERIMENTS, "table4", lambda lab: None)
+
+    def table4(steps):
+        """Takes what stands for the Lab."""
+        seen.append(steps)
+
+    monkeypatch.setattr(experiments, "Lab", lambda a: a.steps)
+    monkeypatch.setitem(experiments.EXPERIMENTS, "table4", table4)
     for steps in ("7", "1,2,3", "1,2"):
         monkeypatch.setattr(sys, "argv", ["experiments.py", "table4", "--steps", steps])
         if steps == "1,2":
