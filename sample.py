@@ -174,7 +174,7 @@ def add_model_options(parser):
     add("--ckpt", type=Path, help="checkpoint (out/videomar.pt if there is one, else data/videomar.pt)")
     add("--tokenizer", type=Path, help="file or folder of another tokenizer for the same tokens (the checkpoint's)")
     add("--text", help="folder or name of the pretrained text encoder (the checkpoint's)")
-    add("--fps", type=number(float, 1, 240), default=12.0, help="pictures a second of what is written (12)")
+    add("--fps", type=number(float, 1, 240), help="pictures a second of what is written (those of training, else 12)")
     parser.add_hardware()
 
 
@@ -199,7 +199,7 @@ def options_parser():
 
 
 def open_model(a):
-    """The model that the options name -> model, tokenizer, sampling, frames, size, autocast. Raises Bad."""
+    """The model that the options name -> model, tokenizer, checkpoint, sampling, frames, size, autocast. Raises Bad."""
     device, dtype, autocast = choose_hardware(a)
     trained = Path("out/videomar.pt")
     a.ckpt = a.ckpt or (trained if trained.exists() else DATA / "videomar.pt")
@@ -207,12 +207,13 @@ def open_model(a):
     asked = {name: value for name, value in vars(a).items() if value is not None}
     sampling = stored_as(Sampling, {**checkpoint["sampling"], **asked})
     frames, size = a.frames or checkpoint["frames"][-1], a.size or tuple(checkpoint["size"])
+    a.fps = a.fps or checkpoint.get("fps") or 12.0
     check_size(tokenizer.stride, frames, *size)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     about = f"{millions:.1f} M parameters, trained on {checkpoint['data']}"
     print(f"checkpoint {relpath(a.ckpt)}: {about}; {frames} frames {size[0]}x{size[1]}")
     torch.manual_seed(a.seed)
-    return model, tokenizer, sampling, frames, size, autocast
+    return model, tokenizer, checkpoint, sampling, frames, size, autocast
 
 
 def pixel_frames(n_given, frames, stride):
@@ -252,7 +253,7 @@ def main():
         raise Bad("--box, --context: they tell what of a clip is given; name it with --video")
     if a.out:
         check_out(a.out)
-    model, tokenizer, sampling, frames, size, autocast = open_model(a)
+    model, tokenizer, checkpoint, sampling, frames, size, autocast = open_model(a)
     device, stride = next(model.parameters()).device, tokenizer.stride[0]
     latent_frames = 1 + (frames - 1) // stride
     if a.box:  # editing: all frames are given, and all are made anew
@@ -282,7 +283,8 @@ def main():
     start = time.time()
     with torch.no_grad(), autocast:
         if n_given:
-            pixels = torch.from_numpy(read_clip(source, size, given_frames))
+            rate = checkpoint.get("fps") if a.video else None  # that of training
+            pixels = torch.from_numpy(read_clip(source, size, given_frames, rate))
         else:
             pixels = torch.zeros(1, *size, 3)  # for the shape of its tokens
         given = tokenizer.encode(to_float(pixels[None].to(device)))[:, :n_given].repeat_interleave(a.n, 0)

@@ -58,7 +58,7 @@ class Latents(Source):
         if len(shards) != settings["shards"] or not self.clips:
             raise Bad(f"{folder}: {len(self.clips)} clips in {len(shards)} shards, of which there should be "
                       f"{settings['shards']}; run tokenizer.py --encode again")
-        self.size, self.frames = settings["size"], settings["frames"]
+        self.size, self.frames, self.fps = settings["size"], settings["frames"], settings["fps"]
         self.files = [settings["files"], settings["crc"]]
         self.about = f"{folder}: {len(self.clips)} clips of latents, {self.frames} frames {self.size[0]}x{self.size[1]}"
 

@@ -90,7 +90,7 @@ def pictures(path, frames, fps, place, length):
         moments = times[0] + place * max(0, seconds - length / fps) + np.arange(frames) / fps
         chosen = np.searchsorted(times[:-1], moments + 6e-4, side="right") - 1  # a file's times are rounded to ms
     else:
-        chosen = shown[round(place * (count - length)) + np.arange(frames)]
+        chosen = shown[min(int(place * (count - length + 1)), count - length) + np.arange(frames)]
     if path.suffix.lower() in VIDEOS:
         with need("av", path).open(str(path)) as file:
             stream = file.streams.video[0]
@@ -143,6 +143,7 @@ class Source:
     skipped = set()  # files that could not be used
     processes = False  # whether `read_ahead` takes processes
     packed, size = None, None  # of latents: their tokenizer, and the size of the clips that they are of
+    fps = None  # pictures a second that were taken from the clips; None: all
     sampling, training = {}, {"noise": 0.0, "frame0": 0.0}  # defaults of train.py for this source
 
     def batch(self, seeds, frames, size, **options):

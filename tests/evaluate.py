@@ -276,7 +276,7 @@ def main():
     a = options_parser().parse_args()
     a.out = a.out or Path("out/prompts" if a.prompts else "out/eval.gif")
     check(a)
-    model, tokenizer, sampling, frames, size, autocast = open_model(a)
+    model, tokenizer, _, sampling, frames, size, autocast = open_model(a)
     a.context, a.n = a.context or 1, a.n or 5
     pixel_frames(a.context, frames, tokenizer.stride[0])
     with torch.no_grad(), autocast:

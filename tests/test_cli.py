@@ -24,7 +24,7 @@ import tokenizer
 import train
 import videomar
 from data import world
-from data.files import DATA, Bad, choose_hardware, ranks, run
+from data.files import DATA, Bad, choose_hardware, ranks, run, save
 from data.video import enlarge, read_clip, to_float, write_video
 
 
@@ -70,6 +70,20 @@ def test_pictures_a_second_of_what_is_written(tiny, folder):
         with Image.open(name) as image:
             image.load()
             assert (image.info["duration"], image.info["loop"]) == (duration, 0)
+
+
+def test_a_model_of_clips_at_some_rate_reads_and_writes_at_this_rate(tiny, folder, tiny_files, monkeypatch):
+    save({**sample.load_checkpoint(tiny_files / "ckpt.pt"), "fps": 5}, "five.pt")
+    seen, read = [], sample.read_clip
+    monkeypatch.setattr(sample, "read_clip", lambda *args: seen.append(args[-1]) or read(*args))
+    write_video(folder / "clip.webp", world.clip(0, 13, 16, 24)[0], 10)
+    for source, fps, duration in ((["--video", "clip.webp"], [], 200), (["--video", "clip.webp"], ["--fps", 10], 100),
+                                  (["--img", "cat.png"], [], 200)):
+        assert tiny(*source, *fps, "--prompt", "a", "--ckpt", "five.pt", "--out", "a.webp")[0] == 0
+        with Image.open("a.webp") as image:
+            image.load()
+            assert image.info["duration"] == duration
+    assert seen == [5, 5, None]
 
 
 def test_what_is_read_or_cannot_be_written_is_told_before_sampling(tiny, folder, monkeypatch):

@@ -106,6 +106,13 @@ def test_captions_as_editors_write_them(folder):
     assert len(Folder(folder / "clips").clips) == 2
 
 
+def test_every_place_is_as_likely(folder):
+    write_video(folder / "a.webp", np.arange(5, dtype=np.uint8)[:, None, None, None].repeat(16, 1).repeat(16, 2)
+                .repeat(3, 3), 10)
+    starts = [read_clip(folder / "a.webp", (16, 16), 2, place=(i + 0.5) / 40)[0, 0, 0, 0] for i in range(40)]
+    assert np.bincount(starts).tolist() == [10, 10, 10, 10]
+
+
 def test_frame_rate_and_crop(folder):
     video = np.arange(20, dtype=np.uint8)[:, None, None, None] * 10 + np.zeros((20, 30, 20, 3), np.uint8)
     video[:, :, 0] = 255  # cropped away: 20 wide and 30 high to a square
@@ -532,6 +539,12 @@ def test_the_rate_reaches_the_latents(folder, monkeypatch, capsys, tiny_files):
     args = ["--encode", "clips", "--fps", 10, "--frames", 5, "--size", "16x24", "--out", "latents"]
     assert call(monkeypatch, capsys, *args, "--tokenizer", tiny_files / "tokenizer.pt", module=tokenizer)[0] == 0
     assert torch.load("latents/latents.pt", weights_only=True)["settings"]["fps"] == 10
+    args = ["--frames", 5, "--steps", 1, "--batch", 2]  # and models that are trained on them, or on the clips
+    assert run_train(monkeypatch, *args, "--data", "latents", "--out", "a") == 0
+    args += ["--size", "16x24", "--tokenizer", tiny_files / "tokenizer.pt"]
+    assert run_train(monkeypatch, *args, "--data", "clips", "--fps", 8, "--out", "b") == 0
+    assert run_train(monkeypatch, *args, "--out", "c") == 0
+    assert [params(f"{out}/videomar.pt", "fps") for out in "abc"] == [10, 8, None]
 
 
 def test_the_first_frames_of_a_clip_are_the_same_at_any_rate(folder):
@@ -582,7 +595,7 @@ def test_many_clips_need_no_memory(folder):
         latents[..., 0] = torch.arange(1000)[:, None, None, None]
         save({"kind": "shard", "latents": latents, "captions": [f"clip {i} {j}" for j in range(1000)]},
              folder / f"big/shard-{i:05d}.pt")
-    settings = {"frames": 5, "size": (64, 64), "files": 1, "crc": 1, "shards": 40}
+    settings = {"frames": 5, "size": (64, 64), "files": 1, "crc": 1, "fps": None, "shards": 40}
     save({"kind": "latents", "tokenizer": {"stride": (4, 8, 8)}, "settings": settings}, folder / "big/latents.pt")
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
