@@ -186,6 +186,6 @@ def mix_seed(seed, draw):
 
 def ranks():
     """The number of this process among those that torchrun started, and how many they are: (0, 1) without torchrun."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:  # one alone is of something else
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:  # one alone is another program's
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
