@@ -267,7 +267,8 @@ class Pretrained(nn.Module):
 
     def __init__(self, name, device="cpu", dtype=torch.float32):
         super().__init__()
-        self.name, self.device = str(Path(name).absolute() if Path(name).is_dir() else name), device
+        folder = Path(name).absolute() if Path(name).is_dir() else None
+        self.name, self.device = str(folder or name), device
         try:
             from huggingface_hub import snapshot_download
             from transformers import AutoModel, AutoTokenizer
@@ -276,7 +277,7 @@ class Pretrained(nn.Module):
         try:
             # Without a network this takes what is in the cache at once, where from_pretrained tries for minutes.
             kinds = "*.json", "*.txt", "*.model", "*.safetensors"
-            folder = name if Path(name).is_dir() else snapshot_download(name, allow_patterns=kinds)
+            folder = folder or snapshot_download(name, allow_patterns=kinds)
             split = AutoTokenizer.from_pretrained(folder)
             net = AutoModel.from_pretrained(folder, dtype=dtype).to(device).eval().requires_grad_(False)
 

@@ -248,8 +248,7 @@ def save_checkpoints(a, step, model, ema, optimisers, tokenizer, sampling, sourc
     options["text"] = model.text.name
     both = {"kind": "videomar", "format": FORMAT, "step": step, "config": asdict(model.config),
             "sampling": asdict(sampling), "tokenizer": tokenizer.pack(), "text": model.text.name, "frames": a.frames,
-            "size": a.size, "data": source.about, "files": source.files, "fps": source.fps,
-            "options": options}
+            "size": a.size, "data": source.about, "files": source.files, "fps": source.fps, "options": options}
     averaged, states = ema.state_dict(), [optimiser.state_dict() for optimiser in optimisers]
     save({**both, "ema": averaged, "model": model.state_dict(), "optimisers": states}, a.out / "ckpt.pt")
     save({**both, "ema": {name: value.half().cpu() for name, value in averaged.items()}}, a.out / "videomar.pt")

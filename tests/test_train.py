@@ -54,6 +54,11 @@ def run_train(monkeypatch, *args):
     raise Bad(line)  # a new one: the traceback of the first holds the lock of its folder
 
 
+def write_two_clips():
+    for i in range(2):
+        write_video(Path(f"clips/{i}.gif"), world.clip(i, 5, 16, 16)[0], 12)
+
+
 def checkpoint(path):
     return torch.load(path, weights_only=True)
 
@@ -102,8 +107,7 @@ def test_a_model_has_the_channels_of_its_tokenizer(folder, monkeypatch, tiny_fil
 
 
 def test_resume_from_another_current_folder(folder, monkeypatch, tiny_files):
-    for i in range(2):
-        write_video(folder / f"clips/{i}.gif", world.clip(i, 5, 16, 16)[0], 12)
+    write_two_clips()
     assert run_train(monkeypatch, *SHORT, "--tokenizer", tiny_files / "tokenizer.pt", "--data", "clips") == 0
     (folder / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
@@ -111,8 +115,7 @@ def test_resume_from_another_current_folder(folder, monkeypatch, tiny_files):
 
 
 def test_skipped_files_are_counted_at_the_end(folder, monkeypatch, capsys, tiny_files):
-    for i in range(2):
-        write_video(folder / f"clips/{i}.gif", world.clip(i, 5, 16, 16)[0], 12)
+    write_two_clips()
     args = [*SHORT, "--batch", 16, "--tokenizer", tiny_files / "tokenizer.pt", "--data", "clips"]
     assert run_train(monkeypatch, *args, "--out", "whole") == 0 and "skipped" not in capsys.readouterr().out
     (folder / "clips/broken.gif").write_bytes(b"GIF")
@@ -122,8 +125,7 @@ def test_skipped_files_are_counted_at_the_end(folder, monkeypatch, capsys, tiny_
 
 def test_the_drawn_world_has_settings_of_its_own(folder, monkeypatch, tiny_files):
     """A toy run on one's own clips trains and samples as the paper does; one on the drawn world does not."""
-    for i in range(2):
-        write_video(folder / f"clips/{i}.gif", world.clip(i, 5, 16, 16)[0], 12)
+    write_two_clips()
     tokenizer = ["--tokenizer", tiny_files / "tokenizer.pt"]
     assert run_train(monkeypatch, *SHORT, *tokenizer, "--data", "clips", "--out", "own") == 0
     assert run_train(monkeypatch, *SHORT, *tokenizer, "--out", "drawn") == 0
