@@ -52,23 +52,21 @@ def centres(mask):
     return np.where(area > 0, np.stack([y, x], -1) / np.maximum(area, 1), middle)
 
 
-def best_shape(mask, radii, angle):
-    """The shape that overlaps a mask (H, W) best, of one of the radii (pixels), rotated by the angle (radians).
+def fit_shape(mask, radii, angle):
+    """The outline that overlaps a mask (H, W) best, rotated by the angle (radians) -> its shape, y, x and radius.
 
-    Its middle is tried at and around the mask's centre of mass, since a heart's centre of mass is not its middle.
+    y, x, radius and radii are in pixels. The middle y, x is tried at and around the mask's centre of mass, since a
+    heart's centre of mass is not its middle.
     """
-    cy, cx = centres(mask)
-    y, x = np.mgrid[:mask.shape[0], :mask.shape[1]]
+    rows, columns = np.mgrid[:mask.shape[0], :mask.shape[1]]
     overlaps = {}
     for shape in world.SHAPES:
-        overlaps[shape] = 0.0
-        for dy, dx in np.mgrid[-2:3, -2:3].reshape(2, -1).T:
+        for y, x in centres(mask) + np.mgrid[-2:3, -2:3].reshape(2, -1).T:
             for radius in radii:
-                u, v = (x - cx - dx) / radius, (y - cy - dy) / radius
+                u, v = (columns - x) / radius, (rows - y) / radius
                 u, v = u * np.cos(angle) + v * np.sin(angle), v * np.cos(angle) - u * np.sin(angle)
                 outline = world.distance(shape, u, v) < 0
-                overlap = (outline & mask).sum() / max(1, (outline | mask).sum())
-                overlaps[shape] = max(overlaps[shape], overlap)
+                overlaps[shape, y, x, radius] = (outline & mask).sum() / max(1, (outline | mask).sum())
     return max(overlaps, key=overlaps.get)
 
 
@@ -105,7 +103,8 @@ def measure(video, truth, scene, first=1):
             colours.append(False)
             continue
         *_, radius, angle = world.path(sprite, frames, height, width)
-        shapes.append(best_shape(mask, [radius[-1] * min(height, width)], angle[-1]) == sprite.shape)
+        shape, *_ = fit_shape(mask, [radius[-1] * min(height, width)], angle[-1])
+        shapes.append(shape == sprite.shape)
         colours.append(nearest_colour(np.median(video[-1][mask], 0)) == sprite.colour)
 
     places, true_places = centres(masks), centres(true_masks)  # (sprite, frames, 2)

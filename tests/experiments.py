@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data import world
 from data.files import DATA, Bad, Parser, choose_hardware, number, run, sizes, write
 from data.video import psnr, to_float, to_uint8, write_strip, write_video
-from evaluate import best_shape, centres, evaluate, sprite_masks
+from evaluate import centres, evaluate, fit_shape, sprite_masks
 from sample import generate, load_checkpoint, load_model
 from train import stage_steps
 from videomar import Sampling
@@ -349,19 +349,25 @@ def read_sprite(video, background):
     """Shape, colour and direction, as captions name them, of a clip of one moving sprite, uint8 (frames, H, W, 3).
 
     Its truth is not known. A pixel is the sprite's if it is nearer to one of the colours than to the background's
-    mixtures with white.
+    mixtures with white. The direction is that of the motion, bounces and all, that leads most nearly where the sprite
+    goes from its place in frame 0.
     """
-    names, side = [name for name in world.COLOURS if name != background], min(video.shape[1:3])
+    frames, height, width, _ = video.shape
+    names, side = [name for name in world.COLOURS if name != background], min(height, width)
     tint = np.array(world.COLOURS[background], np.float32)
     mixtures = [tint + (255 - tint) * share for share in np.linspace(0.3, 0.8, 6)]
     colours = [*(world.COLOURS[name] for name in names), *mixtures]
     nearest = np.stack([((video.astype(np.float32) - c) ** 2).sum(-1) for c in colours]).argmin(0)  # (frames, H, W)
     counts = np.bincount(nearest[0][nearest[0] < len(names)], minlength=len(names))
-    colour = counts.argmax()
-    (y0, x0), (y1, x1) = centres(nearest == colour)[[0, 4]]
-    along = {d: ((x1 - x0) * x + (y1 - y0) * y) / np.hypot(x, y) for d, (x, y) in world.DIRECTIONS.items()}
-    shape = best_shape(nearest[0] == colour, np.linspace(0.11, 0.2, 10) * side, 0.0)
-    return shape, names[colour], max(along, key=along.get)
+    mask = nearest == counts.argmax()
+    shape, y, x, radius = fit_shape(mask[0], np.linspace(0.11, 0.2, 10) * side, 0.0)
+    places, errors = centres(mask), {}
+    for motion in world.VELOCITIES:
+        sprite = world.Sprite(shape, "", motion, (x + 0.5) / side, (y + 0.5) / side, radius / side)
+        path = side * np.stack(world.path(sprite, frames, height, width)[1::-1], -1)  # y, x (frames, 2)
+        errors[motion] = np.hypot(*(places - places[0] - path + path[0]).T).mean()
+    _, direction, _ = min(errors, key=errors.get).split()
+    return shape, names[counts.argmax()], direction
 
 
 @experiment

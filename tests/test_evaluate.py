@@ -43,6 +43,13 @@ def test_measures_see_the_one_thing_that_is_wrong(name, wrong, right, got):
     assert evaluate.measure(other, video, truth)[i] == pytest.approx(got, rel=0.15, abs=0.01)
 
 
+def test_shape_and_colour_are_those_of_the_last_frame():
+    truth = scene_of(MOVING)
+    video, other = (world.render(scene, 5, 64, 64) for scene in (truth, scene_of(("circle", "blue", *MOVING[2:]))))
+    other[:-1] = video[:-1]
+    assert evaluate.measure(other, video, truth)[:2].tolist() == [0, 0]
+
+
 def test_motion_error_begins_with_the_first_frame_that_is_made():
     video, other = (world.render(scene_of((*MOVING[:2], f"moves {way} slowly", 0.4, 0.5, 0.18)), 13, 64, 64)
                     for way in ("right", "left"))
@@ -96,6 +103,14 @@ def test_a_shape_is_known_turned_and_in_every_size(shape, motion):
     assert evaluate.measure(video, video, truth)[0] == 1
 
 
+@pytest.mark.parametrize("shape", world.SHAPES)
+def test_a_shape_is_found_with_its_middle_and_radius(shape):
+    truth = scene_of((shape, "red", "stays still", 0.4, 0.55, 0.16))
+    mask = evaluate.sprite_masks(world.render(truth, 1, 64, 64), truth)[0, 0]
+    found, *numbers = evaluate.fit_shape(mask, np.linspace(0.1, 0.2, 11) * 64, 0.0)
+    assert found == shape and numbers == pytest.approx([0.55 * 64 - 0.5, 0.4 * 64 - 0.5, 0.16 * 64], abs=0.7)
+
+
 @pytest.mark.parametrize("size", [(64, 128), (128, 64)])
 @pytest.mark.parametrize("shape", world.SHAPES)
 def test_a_shape_is_known_in_wide_and_in_tall_pictures(shape, size):
@@ -143,14 +158,14 @@ def test_the_last_line_is_json_and_agrees_with_the_table(folder, tiny_files, mon
     assert code == 0, err
     lines = out.strip().split("\n")
     result = json.loads(lines[-1])
-    assert list(result) == KEYS and result["clips"] == 3
+    assert list(result) == KEYS and result["clips"] == 3 and 0 < result["seconds"] < 600
     assert result["gap_closed"] is None and result["psnr_tokenizer"] < result["psnr_copy"]  # it is not trained
     by_frame = result["psnr_by_frame"]
     assert len(by_frame) == 2 and np.mean(by_frame) == pytest.approx(result["psnr"], abs=1e-3)
     for name, key in (("sample", "psnr"), ("last given picture", "psnr_copy"), ("tokenizer", "psnr_tokenizer")):
         row = next(line for line in lines if line.startswith(name))
         assert float(row.split()[-1]) == pytest.approx(result[key], abs=0.006)
-    assert "held-out clips of the drawn world" in out
+    assert "held-out clips of the drawn world" in out and all(name in out for name in ("read from", *evaluate.MEASURES))
     assert Image.open("out/eval.gif").size == (3 * 24, 2 * 16) and Image.open("out/eval.gif").n_frames == 9
     assert Image.open("out/eval-strip.png").size == (3 * 24, 6 * 16 + 2 * 4)  # three pairs
     _, out, _ = call(monkeypatch, capsys, "--ckpt", tiny_files / "ckpt.pt", "--clips", 1, "--context", 2)
@@ -241,6 +256,7 @@ def test_what_a_checkpoint_was_trained_on_is_told(folder, tiny_files, monkeypatc
     (["--clips", "1", "--out", "a.txt"], ["a.txt", ".gif"]),
     (["--clips", "1", "--out", "a.gif"], ["a-strip.png", "is a folder"]),
     (["--prompts", "list.csv", "--prompt", "a"], ["--prompts", "--prompt"]),
+    (["--prompts", "list.csv", "--context", "2"], ["--prompts", "--context"]),
     (["--prompts", "list.csv", "--out", "a.gif"], ["a.gif", "folder"]),
     pytest.param(["--prompts", "nowhere.csv"], ["nowhere.csv", "image,prompt"],
                  marks=pytest.mark.skipif(not HAS_AV, reason="needs av"))])
@@ -307,13 +323,13 @@ def test_every_clip_has_its_own_prompt_and_the_rate(folder, prompts, monkeypatch
 
     def generate(model, given, captions, frames, sampling, use_cache):
         pictures = ["one" if change < 0.1 else "two" for change in (given - given[:1]).abs().amax((1, 2, 3, 4))]
-        seen.append((captions, use_cache))
+        seen.append((captions, frames, use_cache))
         assert sampling == TINY_SAMPLING and (captions == pictures or len(set(captions)) == 1)
         return given.new_zeros(len(given), frames, 2, 3, 16)
 
     monkeypatch.setattr(evaluate, "generate", generate)
     code, _, err = prompts("a.png,one\ncat.png,two\n", "--out", "clips", "--no-cache", "--fps", 5)
-    assert code == 0 and seen == [(5 * ["one"] + 3 * ["two"], False), (2 * ["two"], False)], err
+    assert code == 0 and seen == [(5 * ["one"] + 3 * ["two"], 3, False), (2 * ["two"], 3, False)], err
     with av.open("clips/one-0.mp4") as file:
         stream = file.streams.video[0]
         assert stream.average_rate == 5 and (stream.width, stream.height) == (384, 256)
@@ -333,7 +349,9 @@ def test_a_list_as_a_spreadsheet_writes_it_with_a_long_prompt(folder):
     ("broken.png,lost\n", ["broken.png", "cannot be"]),
     ("cat.png,it moves\n", ["it moves", "another row"]),
     ("b.png,a/b\nb.png,a_b\n", ["a_b", "another row"]),  # as files have them
-    ("a.png\n", ["a.png", "no prompt"])])
+    ("a.png\n", ["a.png", "no prompt"]),
+    (",lost\n", ["lost", "no picture"]),
+    ('a.png,"lost\n', ["list.csv", "cannot be read"])])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_bad_rows_are_told_before_anything_is_made(folder, prompts, monkeypatch, rows, words, world_size):
     """By every rank alike, even if the row is in another's batch."""

@@ -227,12 +227,13 @@ def test_text2video_reads_what_was_generated_and_what_is_drawn(folder):
 
 
 @pytest.mark.parametrize("direction", world.DIRECTIONS)
-def test_a_sprite_is_read_from_its_pixels(monkeypatch, direction):
-    monkeypatch.setattr(experiments, "best_shape", lambda mask, radii, angle: (mask.sum(), radii[0], radii[-1], angle))
-    scene = world.Scene([world.Sprite("circle", "blue", f"moves {direction} slowly", 0.5, 0.5, 0.15)], "green", 2.0)
-    (area, *searched), *read = experiments.read_sprite(world.render(scene, 25, 64, 96), "green")
-    assert read == ["blue", direction] and area == pytest.approx(np.pi * (0.9 * 0.15 * 64) ** 2, rel=0.1)
-    assert searched == pytest.approx([0.11 * 64, 0.2 * 64, 0])
+@pytest.mark.parametrize("shape, place, radius", [("cat", (0.5, 0.5), 0.12), ("heart", (0.75, 0.5), 0.19),
+                                                  ("circle", (0.18, 0.17), 0.15)])
+def test_a_sprite_is_read_from_its_pixels(shape, place, radius, direction):
+    """The last one starts in a corner, where it bounces after two frames."""
+    sprite = world.Sprite(shape, "blue", f"moves {direction} slowly", *place, radius)
+    video = world.render(world.Scene([sprite], "green", 2.0), 25, 64, 96)
+    assert experiments.read_sprite(video, "green") == (shape, "blue", direction)
 
 
 def test_then_measures_the_motion_after_the_change(folder):
