@@ -44,7 +44,7 @@ def guidance_at(sampling, share):
 
 
 @torch.no_grad()  # not inference_mode, in which autocast casts every weight again for each product
-def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True, then=None, keep=None, progress=False,
+def generate(model, given, captions, frames, sampling, use_cache=True, then=None, keep=None, progress=False,
              watch=None):
     """Continues given latents (batch, n_given, h, w, C) by captions -> (batch, frames, h, w, C), the given ones first.
 
@@ -86,7 +86,7 @@ def generate(model, given, captions, frames, sampling=Sampling(), use_cache=True
         if cache is not None and cache.length < begin * n:  # store keys and values of finished frames
             hidden(cache.length // n, begin, torch.empty(batch, 0, dtype=torch.long, device=device))
             cache.length = begin * n
-        if then and begin in then:
+        if then and begin in then:  # from here on: the keys stored above have read the prompt before
             text = model.read_text(then[begin] * branches, null)
         if next_frame:
             now = frame_sampling(sampling, begin, n_given)
@@ -206,8 +206,8 @@ def open_model(a):
     model, tokenizer, checkpoint = load_model(a.ckpt, device, dtype, a.text, a.tokenizer)
     asked = {name: value for name, value in vars(a).items() if value is not None}
     sampling = stored_as(Sampling, {**checkpoint["sampling"], **asked})
-    frames, size = a.frames or checkpoint["frames"][-1], a.size or tuple(checkpoint["size"])
-    a.fps = a.fps or checkpoint.get("fps") or 12.0
+    frames, size = a.frames or checkpoint["frames"][-1], a.size or checkpoint["size"]
+    a.fps = a.fps or checkpoint.get("fps") or 12.0  # the caller writes at this rate
     check_size(tokenizer.stride, frames, *size)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     about = f"{millions:.1f} M parameters, trained on {checkpoint['data']}"
@@ -281,7 +281,7 @@ def main():
 
     watched_steps = []
     start = time.time()
-    with torch.no_grad(), autocast:
+    with autocast:
         if n_given:
             rate = checkpoint.get("fps") if a.video else None  # that of training
             pixels = torch.from_numpy(read_clip(source, size, given_frames, rate))
@@ -291,7 +291,7 @@ def main():
         latents = generate(model, given, [prompt] * a.n, latent_frames, sampling, use_cache=not a.no_cache, then=then,
                            keep=keep, progress=True,
                            watch=(lambda *step: watched_steps.append(draw_step(tokenizer, *step))) if a.watch else None)
-        clips = [enlarge(to_uint8(video)) for video in tokenizer.decode(latents)]  # copying waits for the GPU
+        clips = [enlarge(to_uint8(video)) for video in tokenizer.decode(latents)]  # the copy ends after all GPU work
     seconds = time.time() - start
     for path, clip in zip(paths, clips):
         write_video(path, clip, a.fps)

@@ -142,7 +142,7 @@ class Cosmos:
             self.crc = zlib.crc32((folder / "encoder.jit").read_bytes())
             self.hint = f" --tokenizer {folder}"
             # The published files are in bfloat16, in which a CPU lacks some operations: autocast knows which.
-            self.half = any(p.dtype == torch.bfloat16 for p in self.encoder.parameters())
+            self.bfloat16 = any(p.dtype == torch.bfloat16 for p in self.encoder.parameters())
             self.encoder.float()
             self.decoder.float()
             video = torch.zeros(1, 3, 17, 128, 128, device=device)
@@ -159,7 +159,7 @@ class Cosmos:
 
     def through(self, net, x):
         """One clip at a time: 480x768x49 is much for one card. What comes out is bare, or the first of a tuple."""
-        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
+        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             out = [net(clip) for clip in x.float().split(1)]
         return torch.cat([y if torch.is_tensor(y) else y[0] for y in out]).float()
 
@@ -212,7 +212,7 @@ def open_tokenizer(named=None, packed=None, device="cpu", owner=None):
 
 def check_tokens(tokenizer, packed, owner):
     """Raises Bad unless the tokenizer makes the tokens of the packed one, which the file `owner` holds or names."""
-    if packed and tokenizer.crc != packed["crc"]:
+    if tokenizer.crc != packed["crc"]:
         raise Bad(f"--tokenizer: its tokens are not those of {owner} (stride {packed['stride']}, {packed['channels']} "
                   "channels); leave the option out, or name its tokenizer")
 
@@ -323,7 +323,7 @@ def options_parser():
     add("--steps", type=number(int, 1), default=8000, help="training steps (8000)")
     add("--lr", type=number(float, 1e-9, 1), default=1e-2, help="learning rate of Muon; AdamW's is 0.4 of it (0.01)")
     add("--batch", type=number(int, 1), default=16, help="clips a step (16)")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the weights and the noise (0)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, noise and stretches of clips (0)")
     add("--out", type=Path, default=Path("out"), help="folder for the latents, or for tokenizer-STRIDE.pt; of a run "
                                                        "before it stays there as tokenizer-STRIDE-before.pt (out)")
     parser.add_hardware()
@@ -349,7 +349,7 @@ def main():
         raise Bad(f"--tokenizer {a.tokenizer}: a Cosmos-Tokenizer is not trained here; give it with --encode")
     if (a.tokenizer or a.encode) and (a.stride or a.width):
         raise Bad("--stride, --width: they are those of the tokenizer that is there; leave them out")
-    device, dtype, autocast = choose_hardware(a)
+    device, _, autocast = choose_hardware(a)
     check_writable(a.out / ".part")
     torch.manual_seed(a.seed)
     if a.encode:

@@ -60,7 +60,7 @@ def options_parser():
     add("--out", type=Path, default=Path("out"), help="folder to write; of a run before, ckpt.pt and log.csv "
                                                        "stay there as ckpt-before.pt and log-before.csv (out)")
     add("--batch", type=number(int, 1), help="clips a step, over all ranks (by the preset: 16, 64)")
-    add("--parts", type=number(int, 1, 2**10), help="parts of a batch, computed in turn, as many on each rank (one)")
+    add("--parts", type=number(int, 1, 2**10), help="parts of a batch over all ranks, each rank's in turn (one a rank)")
     add("--optimiser", choices=("adamw", "muon"), help="muon: AdamW, but Muon for the inner matrices (by the preset)")
     add("--lr", type=number(float, 1e-9, 1), help="of AdamW; Muon's is 3 times it (by the preset: 8e-4, 1e-4)")
     add("--noise", type=number(float, 0, 10), help="std of noise on the tokens (toy on the drawn world 0.15, else 0)")
@@ -125,7 +125,7 @@ def read_options(argv=None):
 def stage_steps(frames, steps, table):
     """Training steps of each stage: those given, one for all or one for each, or those of the preset's table.
 
-    A length that is not in the table takes the steps of the table's longest.
+    A length that is not in the table takes the steps of the table's longest. Raises Bad.
     """
     if steps is None:
         return [table.get(length, table[max(table)]) for length in frames]
@@ -136,7 +136,7 @@ def stage_steps(frames, steps, table):
 
 def get_lr(a, step):
     """Learning rate: a linear warm-up, and a linear fall to 0 over all steps (ours)."""
-    return a.lr * min(1, (step + 1) / WARMUP, 1 - step / sum(a.steps))
+    return a.lr * min((step + 1) / WARMUP, 1 - step / sum(a.steps))
 
 
 def make_schedule(a, stride):
@@ -162,7 +162,7 @@ def get_batch(a, source, config, stride, schedule, step):
     rank, world_size = ranks()
     batch = []
     for part in range(rank, a.parts, world_size):
-        first = a.seed * 2**40 + step * a.batch + part * size
+        first = a.seed * 2**40 + step * a.batch + part * size  # below 2^62, where those of `held_out` begin
         seeds = range(first, first + size)
         clips, captions = source.batch(seeds, frames, a.size, length=a.frames[stage], change_until=change_until)
         batch.append((part, clips, captions))
@@ -179,14 +179,14 @@ def make_tokenizer(a, source, checkpoint, device):
         check_size(tokenizer.stride, frames, *a.size)
         if frames == 1:
             raise Bad(f"--frames {frames}: {1 + tokenizer.stride[0]} are needed at least, for one latent frame more")
-    source.held_out(1, max(a.frames), a.size)  # raises Bad now if no clip is long enough for the last stage
+    source.held_out(1, max(a.frames), a.size)  # raises Bad now if no clip is long enough for the longest stage
     if not tokenizer.measured:
         tokenizer.measure(to_float(source.batch(range(16), a.frames[-1], a.size)[0].to(device)))
     return tokenizer
 
 
 def make_model(a, checkpoint, channels, device, dtype):
-    """The model of the checkpoint, or a new one, the same on all ranks -> model, its averaged weights. Raises Bad."""
+    """The model of the checkpoint, or a new one drawn by --seed -> model, its averaged weights. Raises Bad."""
     torch.manual_seed(a.seed)
     ablations = {name: getattr(a, name) for name in ABLATIONS if getattr(a, name)}
     if checkpoint:
@@ -227,7 +227,7 @@ def make_optimisers(model, name, lr):
 
 @torch.no_grad()
 def estimate_psnr(a, stage, ema, sampling, tokenizer, source, device):
-    """Samples 4 clips of `source.held_out` -> their mean PSNR, and the path of a film strip, truth above sample."""
+    """A film strip of 4 clips of `source.held_out`, truth above sample -> mean PSNR without frame 0, its path."""
     clips, captions = source.held_out(4, a.frames[stage], a.size)
     torch.manual_seed(a.seed)
     clips = clips.to(device)
@@ -278,7 +278,7 @@ def main():
     step, total = 0, sum(a.steps)
     if a.resume:
         step = checkpoint["step"]
-        model.load_state_dict(checkpoint["model"])
+        model.load_state_dict(checkpoint["model"])  # until here both models had the averaged weights
         for optimiser, state in zip(optimisers, checkpoint["optimisers"]):
             optimiser.load_state_dict(state)
     del checkpoint  # it may be large
@@ -294,7 +294,7 @@ def main():
         signal.signal(kind, lambda kind, frame: signals.append(kind))
     if rank == 0:
         lock_file = lock(a.out)  # noqa: F841, an open file keeps the lock
-        if not a.resume and (a.out / "ckpt.pt").exists():  # else a log is of a run that saved nothing
+        if not a.resume and (a.out / "ckpt.pt").exists():  # a log alone is of a run that saved nothing
             set_aside(a.out / "ckpt.pt")
             set_aside(a.out / "log.csv")
         log = open(a.out / "log.csv", "a" if a.resume else "w", buffering=1)  # --resume after a kill repeats lines
@@ -325,11 +325,10 @@ def main():
         for part, clips, captions in batch:
             torch.manual_seed(mix_seed(a.seed, step * 2**10 + part))  # all draws of this part
             with autocast:
-                with torch.no_grad():
-                    latents = to_tokens(clips.to(device), tokenizer)
-                    # Noise on the tokens, as a VAE's samples have it (ours). No prediction can be finer than this
-                    # noise. Without it still backgrounds, predicted ever more finely, would outweigh moving sprites.
-                    latents = latents + a.noise * torch.randn_like(latents)
+                latents = to_tokens(clips.to(device), tokenizer)
+                # Noise on the tokens, as a VAE's samples have it (ours). No prediction can be finer than this noise.
+                # Without it still backgrounds, predicted ever more finely, would outweigh moving sprites.
+                latents = latents + a.noise * torch.randn_like(latents)
                 part_loss = model(latents, captions, t) / a.parts
             part_loss.backward()
             loss += part_loss.detach()

@@ -132,19 +132,19 @@ def look_beside(config, strength=1.5):
     return torch.cat([q.flatten(), k.flatten()])
 
 
-def absolute_code(positions, dim, base=10000.0):
+def absolute_code(positions, dim):
     """The absolute cosine code that Appendix A compares with: it is added to the tokens -> (tokens, dim)."""
-    angles = rope_angles(positions, dim, base)
+    angles = rope_angles(positions, dim, 10000.0)
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
 # --------------------------------------------------------------------------------------- attention and its cache
 class Cache:
-    """Keys (already rotated) and values of the finished frames, in buffers allocated once (paper 4.3).
+    """Keys (already rotated) and values of the finished frames, in one buffer allocated once (paper 4.3).
 
     Behind the finished frames there is room for the current one, which each step writes again. A finished frame is run
     once more, for the keys of its final tokens; then `generate` raises `length`. Guidance doubles the batch: the branch
-    with the caption and the branch with the null have a half of the buffers each, since the keys of later blocks depend
+    with the caption and the branch with the null have a half of the buffer each, since the keys of later blocks depend
     on the text that earlier blocks read.
     """
 
@@ -166,10 +166,10 @@ def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d)) v; each (batch, head, token, d). mask (..., queries, keys): True where a key is seen."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # plain products: the CPU's fused backward is slower
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # plain: the CPU's fused backward is slower in bfloat16
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1).to(v.dtype) @ v
+    return scores.softmax(-1) @ v
 
 
 def frame_causal_attention(q, k, v, n):
@@ -420,7 +420,7 @@ class VideoMAR(nn.Module):
         return masked.scatter(1, places, True), places
 
     def forward(self, x, captions, t):
-        """Next-frame diffusion loss (paper eq. 4.1) of latents x (batch, T, h, w, C), with the loss on frame t.
+        """Next-frame diffusion loss (paper 4.1) of latents x (batch, T, h, w, C), with the loss on frame t.
 
         Only one frame carries loss: a later one would read [MASK]s of frame t where sampling has its values. Under
         frame-causal attention frame t sees nothing after itself, so the sequence is cut there: the same loss and

@@ -174,7 +174,7 @@ def choose_hardware(a):
     else:
         fast = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
     dtype = getattr(torch, a.dtype or ("bfloat16" if fast else "float32"))  # bfloat16 where there are units for it
-    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = True  # float32 products of a GPU round their factors to TF32
     torch.set_flush_denormal(True)  # zero-initialised layers have denormal gradients, which are slow
     return device, dtype, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 

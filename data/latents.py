@@ -20,10 +20,10 @@ def write_latents(source, out, tokenizer, frames, size, device, each=256):
     """
     rank, world_size = ranks()
     starts = range(0, len(source.clips), each)  # the first clip of each shard
-    settings = {"frames": frames, "size": tuple(size), "fps": source.fps, "each": each, "shards": len(starts),
+    settings = {"frames": frames, "size": size, "fps": source.fps, "each": each, "shards": len(starts),
                 "files": source.files, "crc": tokenizer.crc}
     if not tokenizer.measured:
-        tokenizer.measure(to_float(source.batch(range(16), frames, size)[0]).to(device))
+        tokenizer.measure(to_float(source.batch(range(16), frames, size)[0].to(device)))
     if not (out / "latents.pt").exists():
         if not any(source.read(i, frames, size, 0.5) for i in range(len(source.clips))):  # up to one that can be used
             raise Bad(f"{source.folder}: none of its {len(source.clips)} clips can be used; see the warnings")
@@ -72,7 +72,7 @@ class Latents(Source):
 
 
 def open_source(path=None, fps=None, out=None):
-    """What --data names: a folder of clips (without what is in `out`), or of latents; else the drawn world."""
+    """What --data names: a folder of clips (without those in `out`) or of latents, else the drawn world. Raises Bad."""
     latents = path and (path / "latents.pt").exists()
     if fps and (latents or not path):
         raise Bad(f"--fps {fps:g}: it says how a folder of clips is read, here are none; leave it out")

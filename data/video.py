@@ -53,7 +53,7 @@ def to_rgb(image):
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
 
 
-@lru_cache(100_000)  # of an animation or a video it reads the whole file
+@lru_cache(100_000)  # the whole file is read for it
 def timeline(path, changed):
     """When each picture of a clip appears, and at last when the last one goes, in seconds of its clock.
 
@@ -95,7 +95,7 @@ def pictures(path, frames, fps, place, length):
         with need("av", path).open(str(path)) as file:
             stream = file.streams.video[0]
             stretch = stream.sample_aspect_ratio or 1  # of pixels that are not square
-            # To the key frame before. An MP4 counts the order of decoding here, up to 16 pictures from that of showing.
+            # To the key frame before. An MP4 seeks by decoding time, up to 16 pictures away from the time of showing.
             file.seek(int(times[max(0, chosen[0] - 16)] / stream.time_base), stream=stream)
             decoded = file.decode(stream)
             frame = next(decoded, None)
@@ -152,7 +152,7 @@ class Source:
         return torch.from_numpy(np.stack(clips)), list(captions)
 
     def held_out(self, count, frames, size):
-        """Clips for the film strips. Those of a folder or of latents are not held out: training sees them, too."""
+        """Clips for scores and film strips. Those of a folder or of latents are not held out: training sees them."""
         return self.batch(range(2**62, 2**62 + count), frames, size)
 
 
@@ -259,7 +259,7 @@ def enlarge(clip):
 
 
 def write_strip(path, clips, every, rows=1):
-    """A row for each clip (uint8 frames), one picture for each latent frame; white between groups of `rows` clips."""
+    """A row for each clip (uint8 frames), of every `every`-th picture; white between groups of `rows` clips."""
     strip = np.stack([np.hstack(clip[::every]) for clip in clips])  # (clip, H, W, 3)
     groups = strip.reshape(-1, rows * strip.shape[1], *strip.shape[2:])
     groups = np.pad(groups, ((0, 0), (0, 4), (0, 0), (0, 0)), constant_values=255)
@@ -280,7 +280,7 @@ def draw_step(tokenizer, latents, masked, t, step, counts):
 
 def write_mp4(path, video, fps):
     av = need("av", path)
-    frames, height, width, _ = video.shape
+    _, height, width, _ = video.shape
     with av.open(str(path), "w") as file:
         stream = file.add_stream("libx264", Fraction(fps).limit_denominator(1001),
                                  width=width, height=height, pix_fmt="yuv420p")

@@ -36,7 +36,7 @@ class Sprite:
     then: tuple = ()  # (pixel frame, motion from there on), for a sprite that changes its motion
 
     def held_out(self):
-        """One in ten (shape, colour, motion) combinations, spread evenly over each of the three."""
+        """One in ten (shape, colour, motion) combinations, spread over each of the three."""
         s, c, m = SHAPES.index(self.shape), list(COLOURS).index(self.colour), MOTIONS.index(self.motion)
         return (3 * s + 7 * c + m) % 10 == 0
 
@@ -59,7 +59,7 @@ def scene(seed, height=64, width=64, held_out=False):
     colours = rng.permutation(list(COLOURS))  # sprites and background never share one
     sprites = []
     for k in range(rng.integers(1, 3)):
-        for _ in range(1000):
+        while True:
             r = rng.uniform(0.12, 0.19)
             x, y = rng.uniform(r, np.array([width, height]) / min(height, width) - r)
             new = Sprite(str(rng.choice(SHAPES)), str(colours[k]), str(rng.choice(MOTIONS)), x, y, r)
@@ -153,7 +153,7 @@ def render(scene, frames, height, width):
 
 def with_changes(scene, seed, latest):
     """The scene with new motions from a frame in 1..latest on, as its caption tells (ours, for `sample.py --then`)."""
-    rng = np.random.default_rng((seed, 2))
+    rng = np.random.default_rng((seed, 2))  # 0 and 1 are those of `scene`
     at = int(rng.integers(1, latest + 1))
     for s in scene.sprites:
         held_out = s.held_out()

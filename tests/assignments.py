@@ -2,7 +2,7 @@
 
     python tests/assignments.py start DIR            a folder of the student's own, with all exercises blank
     python tests/assignments.py start DIR --only 3   the same, with the other ones solved; so for grade
-    python tests/assignments.py --hint 3             a hint for exercise 3; --hint 3 2 is the second
+    python tests/assignments.py --hint 4             a hint for exercise 4; --hint 4 2 is the second
     python tests/assignments.py grade DIR...         what is right in each folder, and what is wrong first
 
 The repository itself is never changed. Of a folder only videomar.py is graded, by the version of the repository that

@@ -278,7 +278,7 @@ def main():
     model, tokenizer, _, sampling, frames, size, autocast = open_model(a)
     a.context, a.n = a.context or 1, a.n or 5
     pixel_frames(a.context, frames, tokenizer.stride[0])
-    with torch.no_grad(), autocast:
+    with autocast:
         if a.prompts:
             return make_prompts(a, model, tokenizer, frames, size, sampling)
         print("evaluation on held-out clips of the drawn world")

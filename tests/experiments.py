@@ -3,8 +3,9 @@
     python tests/experiments.py table5          temperatures, on the checkpoint that sample.py uses
     python tests/experiments.py table4          trains what it compares, with 3 seeds; an hour or two on two cores
 
-Writes out/experiments/NAME.md (a table) and film strips beside it. An experiment that was stopped goes on when it is
-started again: what is trained or scored already is kept. Scores are those of tests/evaluate.py.
+Writes out/experiments/NAME.md (a table) and film strips into out/experiments/NAME. An experiment that was
+stopped goes on when it is started again: what is trained or scored already is kept. Scores are those of
+tests/evaluate.py.
 """
 import argparse
 import contextlib
@@ -107,7 +108,7 @@ class Lab:
         has no frames, as the checkpoint of this experiment is sampled -> (batch, 3, frames, H, W)."""
         model, tokenizer = self.model(ckpt)
         stride = tokenizer.stride
-        with torch.no_grad(), self.autocast:
+        with self.autocast:
             if video.shape[1]:
                 given = tokenizer.encode(to_float(torch.from_numpy(video[:, :1]).to(self.device)))
             else:
@@ -134,7 +135,7 @@ class Lab:
             sampling = replace(Sampling(**load_checkpoint(ckpt)["sampling"]), **changes)
             batch = max(1, 16 * 25 * 64 * 64 // (frames * size[0] * size[1]))
             torch.manual_seed(seed)  # all scores share their draws
-            with torch.no_grad(), self.autocast, silent():
+            with self.autocast, silent():
                 return evaluate(model, tokenizer, self.a.clips, frames, size, sampling, self.folder / f"{key}.png",
                                 context, prompt, batch=batch)
         return self.once(key, compute)
@@ -225,8 +226,8 @@ def positions(lab):
 
 @experiment
 def extrapolate(lab):
-    """The checkpoint at lengths and sizes it was not trained on: longer and larger (Figs. 4 and 12), smaller (Figs. 9
-    to 11)."""
+    """The checkpoint at lengths and sizes it was not trained on: longer (Fig. 4), shorter (Fig. 12), larger, smaller
+    (Figs. 9 to 11)."""
     places = [(25, (64, 64)), (13, (64, 64)), (49, (64, 64)), (97, (64, 64)), (25, (64, 96)), (25, (96, 64)),
               (25, (96, 96)), (25, (128, 128)), (49, (64, 96)), (25, (48, 48)), (25, (32, 64)), (49, (48, 48))]
     rows = []

@@ -1,4 +1,4 @@
-"""Draws the figures of README and RESULTS again, into data/: in a minute on two cores, with pillow alone.
+"""Draws the six drawings of README (no film strips) again, into data/: in a minute on two cores.
 
     python tests/figures.py                 all of them
     python tests/figures.py mask heads      some of them

@@ -133,7 +133,7 @@ WRONG = [
      "with large scores"),
     (5, "return scores.softmax(-1)", "return scores.softmax(-1).detach()", "no gradient flows"),
     (5, "masked_fill(~mask, -torch.inf)", "masked_fill(~mask, -100.0)", "very large scores"),
-    (5, "scores.softmax(-1).to(v.dtype) @ v", "scores.double().softmax(-1) @ v.double()", "of torch.float64"),
+    (5, "scores.softmax(-1) @ v", "scores.double().softmax(-1) @ v.double()", "of torch.float64"),
     (5, "end = earlier + start + n\n", "end = k.shape[2]\n", "which must not change when later frames do"),
     (5, "earlier = k.shape[2] - q.shape[2]", "earlier = 0", "queries from frame"),
     (5, "return torch.cat(frames, 2)",

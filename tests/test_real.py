@@ -112,7 +112,7 @@ def test_latents_of_two_cosmos_tokenizers_are_not_mixed(folder, monkeypatch):
 @pytest.mark.parametrize("stride, bare", [((4, 8, 8), False), ((8, 16, 16), True)])
 def test_cosmos_is_probed_measured_and_causal(folder, stride, bare):
     cosmos = Cosmos(make_cosmos(folder / "cosmos", stride, bare))
-    assert cosmos.stride == stride and cosmos.channels == 16 and cosmos.half and not cosmos.measured
+    assert cosmos.stride == stride and cosmos.channels == 16 and cosmos.bfloat16 and not cosmos.measured
     video = to_float(World().batch(range(4), 17, (32, 48))[0])
     cosmos.measure(video)
     x = cosmos.encode(video)
