@@ -378,7 +378,6 @@ def main():
     path = a.out / f"tokenizer-{'x'.join(map(str, stride))}.pt"
     held_out = to_float(source.held_out(32, a.frames, a.size)[0].to(device))
     short = min(a.frames, 1 + 2 * stride[0])
-    set_aside(path)
     bar = tqdm(range(a.steps), mininterval=1)
     for step in bar:
         rate = min(1, (step + 1) / 100) * (1 - step / a.steps)  # warm-up, then down a line
@@ -400,6 +399,8 @@ def main():
             optimiser.step()
             optimiser.zero_grad()
         if (step + 1) % 500 == 0 or step + 1 == a.steps:
+            if step < 500:  # the first time
+                set_aside(path)
             save(tokenizer.pack(), path)
             with torch.no_grad():
                 tokens = tokenizer.eval().encode(held_out)

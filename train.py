@@ -38,8 +38,8 @@ INNER = ("blocks.", "diffusion_mlp.modulate", "diffusion_mlp.mlps")  # modules w
 MUON_LR = 3  # times the learning rate of AdamW (measured)
 ABLATIONS = ("attention", "loss", "position")
 # Options that a checkpoint does not keep:
-OF_THIS_RUN = ("init", "resume", "out", "tokenizer", "device", "dtype", "compile", "recompute")
-FREE = ("steps", "lr", "save_every", "data", "text")  # options that it keeps, and that --resume may change
+OF_THIS_RUN = ("init", "resume", "out", "tokenizer", "device", "compile", "recompute")
+FREE = ("steps", "lr", "save_every", "data", "text", "dtype")  # options that it keeps, and that --resume may change
 
 
 def options_parser():

@@ -59,7 +59,7 @@ class Latents(Source):
             raise Bad(f"{folder}: {len(self.clips)} clips in {len(shards)} shards, of which there should be "
                       f"{settings['shards']}; run tokenizer.py --encode again")
         self.size, self.frames, self.fps = settings["size"], settings["frames"], settings["fps"]
-        self.files = [settings["files"], settings["crc"]]
+        self.files = settings
         self.about = f"{folder}: {len(self.clips)} clips of latents, {self.frames} frames {self.size[0]}x{self.size[1]}"
 
     def draw(self, seed, frames, size, length=None, change_until=0):

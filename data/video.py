@@ -25,6 +25,7 @@ from data.files import DATA, Bad, check_writable, need, write
 
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv")
 ANIMATIONS = (".gif", ".webp", ".apng")
+ENDINGS = (".gif", ".webp", ".png", ".mp4")  # of what is written
 
 
 # ------------------------------------------------------------------------------------------------------ reading
@@ -35,11 +36,17 @@ def find(path):
 
 
 def caption_of(path):
-    """The text in NAME.txt beside a picture or clip NAME, or beside the file it links to; "" without such a file."""
+    """The text in NAME.txt beside a picture or clip NAME, or beside the file it links to; "" without such a file.
+
+    Raises Bad if the text is not UTF-8.
+    """
     for place in (path, Path(realpath(path))):
         note = place.parent / f"{place.stem}.txt"
         if note.is_file():
-            return note.read_text("utf-8-sig", "replace").strip()
+            try:
+                return note.read_text("utf-8-sig").strip()
+            except UnicodeDecodeError:
+                raise Bad(f"{note}: it is not in UTF-8; save it so") from None
     return ""
 
 
@@ -291,8 +298,8 @@ def write_mp4(path, video, fps):
 
 def check_out(path):
     """Raises Bad unless `write_video` can write there."""
-    if path.suffix not in (".gif", ".webp", ".png", ".mp4"):
-        raise Bad(f"--out {path}: its ending must be .gif, .webp, .png or .mp4")
+    if path.suffix not in ENDINGS:
+        raise Bad(f"--out {path}: its ending must be {' or '.join(ENDINGS)}")
     if path.suffix == ".mp4":
         need("av", "writing .mp4")
     check_writable(path)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data import world
 from data.files import Bad, Parser, check_writable, mix_seed, need, number, ranks, run
-from data.video import check_out, enlarge, find, psnr, read_clip, to_float, to_uint8, write_strip, write_video
+from data.video import ENDINGS, check_out, enlarge, find, psnr, read_clip, to_float, to_uint8, write_strip, write_video
 from sample import add_model_options, generate, open_model, pixel_frames
 
 MEASURES = ("shape", "colour", "motion_error", "background", "smoothness", "dynamic_degree")
@@ -188,12 +188,15 @@ def read_prompts(path, size):
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            table = [(row["image"], row["prompt"]) for row in csv.DictReader(file, strict=True)]
+            table = [(row["image"], row["prompt"], None in row) for row in csv.DictReader(file, strict=True)]
     except (OSError, KeyError, ValueError, csv.Error) as e:
         reason = f"it cannot be read ({type(e).__name__})"
         raise Bad(f"{path}: {reason}; give a csv in UTF-8 whose first line is image,prompt") from None
     rows, checked, faults = {}, set(), []
-    for image, prompt in table:
+    for image, prompt, longer in table:
+        if longer:
+            faults.append(f"the row of {image!r} has too many columns: a prompt with commas needs quotes")
+            continue
         if not image or prompt is None:
             faults.append(f"the row of {image or prompt!r} has no picture or no prompt")
             continue
@@ -224,6 +227,7 @@ def make_prompts(a, model, tokenizer, frames, size, sampling):
     rank, world_size = ranks()
     latent_frames = 1 + (frames - 1) // tokenizer.stride[0]
     jobs = [(*row, a.out / f"{name}-{i}.mp4") for name, row in rows.items() for i in range(a.n)]
+    there = sum(path.exists() for *_, path in jobs)
     batches = range(-(-len(jobs) // BATCH))
     for index in tqdm(batches[rank::world_size], "batches", disable=rank > 0):
         images, prompts, paths = zip(*jobs[index * BATCH:(index + 1) * BATCH])
@@ -237,7 +241,8 @@ def make_prompts(a, model, tokenizer, frames, size, sampling):
             if not path.exists():
                 write_video(path, enlarge(to_uint8(clip)), a.fps)
                 written += 1
-    print(f"wrote {written} clips to {a.out}")
+    already = f"; {there} were there already, of whatever checkpoint and seed" if there else ""
+    print(f"wrote {written} clips to {a.out}{already}")
 
 
 # ------------------------------------------------------------------------------------------------------ options
@@ -261,8 +266,8 @@ def check(a):
         raise Bad("--prompts: its rows name a picture and a prompt each; leave out --context and --prompt")
     if a.n and not a.prompts:
         raise Bad("--n: a held-out clip is made once; give it with --prompts")
-    if a.prompts and a.out.suffix:
-        raise Bad(f"--out {a.out}: --prompts writes many clips; name a folder, without an ending")
+    if a.prompts and a.out.suffix in ENDINGS:
+        raise Bad(f"--out {a.out}: --prompts writes many clips; name a folder")
     if a.prompts:
         need("av", "writing .mp4")
         check_writable(a.out / ".part")

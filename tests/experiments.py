@@ -50,7 +50,10 @@ class Lab:
         self.device, self.dtype, self.autocast = choose_hardware(a)
         trained = Path("out/videomar.pt")
         self.ckpt = a.ckpt or (trained if trained.exists() else DATA / "videomar.pt")
-        self.sampling = Sampling(**load_checkpoint(self.ckpt)["sampling"])
+        checkpoint = load_checkpoint(self.ckpt)
+        if checkpoint["tokenizer"]["stride"] != (4, 8, 8):  # clips of 25 frames of 64x64, as latent frames count here
+            raise Bad(f"--ckpt {self.ckpt}: the experiments need the stride 4x8x8; tests/evaluate.py scores others")
+        self.sampling = Sampling(**checkpoint["sampling"])
         self.file = self.folder / "results.json"
         self.results = json.loads(self.file.read_text()) if self.file.exists() else {}
         settings = {"clips": a.clips, "steps": a.steps, "ckpt": str(self.ckpt.resolve()),
@@ -89,7 +92,12 @@ class Lab:
         if not finished:
             out.mkdir(parents=True, exist_ok=True)
             with (out / "train.log").open("a") as log:
-                code = subprocess.run(list(map(str, arguments)), stdout=log, stderr=log).returncode
+                process = subprocess.Popen(list(map(str, arguments)), stdout=log, stderr=log)
+                try:
+                    code = process.wait()
+                except KeyboardInterrupt:  # the training has heard it, too, and saves before it ends
+                    process.wait()
+                    raise
             if code:
                 raise Bad(f"{out}: training ended with exit code {code}; see {out / 'train.log'}")
         self.bar.update()
@@ -337,7 +345,7 @@ def finetune(lab):
         (clips / f"{seed}.txt").write_text(caption + "\n")
     others = range(1000, 1016)
     before = lab.once("before", lambda: score_blinking(lab, lab.ckpt, "before", others))
-    options = ["--data", clips, "--fps", 12, "--init", lab.ckpt, "--lr", 5e-4, "--noise", 0.15]
+    options = ["--data", clips, "--fps", 12, "--size", "64x64", "--init", lab.ckpt, "--lr", 5e-4, "--noise", 0.15]
     tuned = lab.train("blink", 0, *options, frames="25", steps=[800])
     after = lab.once("after", lambda: score_blinking(lab, tuned, "after", others))
     learned = lab.once("learned", lambda: score_blinking(lab, tuned, "learned", range(8)))

@@ -97,13 +97,14 @@ def test_pictures_are_made_smaller_by_their_means(folder):
 
 
 def test_captions_as_editors_write_them(folder):
-    """UTF-8 with a byte order mark, none at all, a file that is not text."""
+    """UTF-8 with a byte order mark, none at all, what some editors call Unicode."""
     fill(folder / "clips", 2)
     (folder / "clips/clip0.txt").write_bytes("\ufeffune étoile, 星\r\n".encode())
     (folder / "clips/clip1.txt").unlink()
     assert [caption for _, caption in Folder(folder / "clips").clips] == ["une étoile, 星", ""]
-    (folder / "clips/clip0.txt").write_bytes(b"\xff\x00")
-    assert len(Folder(folder / "clips").clips) == 2
+    (folder / "clips/clip0.txt").write_text("une étoile", encoding="utf-16")
+    with pytest.raises(Bad, match="clip0.txt: it is not in UTF-8"):
+        Folder(folder / "clips")
 
 
 def test_every_place_is_as_likely(folder):
@@ -523,7 +524,9 @@ def test_what_latents_and_folders_know_of_the_rate(folder):
     fill(folder / "b", 3)
     for name in "ab":
         encode(folder / name, folder / f"latents-{name}", tiny_tokenizer(), 5, SIZE)
-    assert Latents(folder / "latents-a").files != Latents(folder / "latents-b").files
+    write_latents(Folder(folder / "a", 8), folder / "latents-slow", tiny_tokenizer(), 5, SIZE, "cpu")
+    kept = [Latents(folder / f"latents-{name}").files for name in ("a", "b", "slow")]
+    assert kept[0] != kept[1] and kept[0] != kept[2]
     with pytest.raises(Bad, match="other clips, settings"):
         write_latents(Folder(folder / "a", 10), folder / "latents-a", tiny_tokenizer(), 5, SIZE, "cpu")
     assert open_source(folder / "a", 5).fps == 5

@@ -287,7 +287,7 @@ def test_a_list_of_prompts(folder, prompts, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or real(seed))
         code, out, err = prompts(rows, "--out", "one")
-    assert code == 0 and "wrote 10 clips" in out, err
+    assert code == 0 and "wrote 10 clips to one\n" in out, err
     assert seeds[-2:] == [mix_seed(3, 0), mix_seed(3, 1)]  # of two batches
     names = sorted(f"{prompt}-{i}.mp4" for prompt in ("a red cat, a_b", "it moves") for i in range(5))
     assert sorted(os.listdir("one")) == names
@@ -304,7 +304,7 @@ def test_a_list_of_prompts(folder, prompts, monkeypatch):
 
     os.remove("one/it moves-3.mp4")
     stamp = os.stat("one/it moves-4.mp4").st_mtime_ns
-    assert "wrote 1 clips" in prompts(rows, "--out", "one")[1]
+    assert "wrote 1 clips to one; 9 were there already" in prompts(rows, "--out", "one")[1]
     assert os.stat("one/it moves-4.mp4").st_mtime_ns == stamp and alike(look("one"), before)
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "generate", None)  # nothing is made to be thrown away
@@ -351,6 +351,7 @@ def test_a_list_as_a_spreadsheet_writes_it_with_a_long_prompt(folder):
     ("b.png,a/b\nb.png,a_b\n", ["a_b", "another row"]),  # as files have them
     ("a.png\n", ["a.png", "no prompt"]),
     (",lost\n", ["lost", "no picture"]),
+    ("b.png,a cat, lost\n", ["b.png", "quotes"]),
     ('a.png,"lost\n', ["list.csv", "cannot be read"])])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_bad_rows_are_told_before_anything_is_made(folder, prompts, monkeypatch, rows, words, world_size):

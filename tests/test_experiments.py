@@ -77,8 +77,8 @@ def test_clips_are_sampled_from_a_first_frame_or_from_text_alone(folder, tiny_fi
 
 def test_a_training_is_begun_goes_on_and_is_not_done_again(folder, tiny_files, monkeypatch):
     calls, code = [], 0
-    monkeypatch.setattr(experiments.subprocess, "run", lambda args, **_: calls.append(args) or SimpleNamespace(
-        returncode=code))
+    monkeypatch.setattr(experiments.subprocess, "Popen", lambda args, **_: calls.append(args) or SimpleNamespace(
+        wait=lambda: code))
     lab, out = experiments.Lab(options(folder, tiny_files)), folder / "out/trained/frame-1"
     assert lab.train("frame", 1, "--attention", "full") == out / "videomar.pt"
     told = dict(zip(calls[0][2::2], calls[0][3::2]))
@@ -96,6 +96,27 @@ def test_a_training_is_begun_goes_on_and_is_not_done_again(folder, tiny_files, m
     code = 1
     with pytest.raises(Bad, match="exit code 1"):
         lab.train("frame", 2)
+
+
+def test_ctrl_c_waits_until_the_training_has_saved(folder, tiny_files, monkeypatch):
+    waits = iter([KeyboardInterrupt, None])
+
+    def wait():
+        if error := next(waits):
+            raise error
+
+    monkeypatch.setattr(experiments.subprocess, "Popen", lambda args, **_: SimpleNamespace(wait=wait))
+    with pytest.raises(KeyboardInterrupt):
+        experiments.Lab(options(folder, tiny_files)).train("frame")
+    assert list(waits) == []
+
+
+def test_a_checkpoint_of_another_stride_is_refused(folder, tiny_files):
+    content = torch.load(tiny_files / "ckpt.pt", weights_only=True)
+    content["tokenizer"]["stride"] = (8, 16, 16)
+    save(content, folder / "high.pt")
+    with pytest.raises(Bad, match="high.pt.*4x8x8"):
+        experiments.Lab(options(folder, tiny_files, ckpt=folder / "high.pt"))
 
 
 def test_means_and_errors_by_hand():
@@ -205,7 +226,8 @@ def test_blinking_cats_and_their_score(folder):
     assert given == [(lab.ckpt, others), ("blink-0", others), ("blink-0", own)]
     (name, _, told, frames, steps), = lab.trained
     told = dict(zip(told[::2], told[1::2]))
-    assert told["--init"] == lab.ckpt and told["--data"] == folder / "clips" and (frames, steps) == ("25", [800])
+    assert told["--init"] == lab.ckpt and told["--data"] == folder / "clips" and told["--size"] == "64x64"
+    assert (frames, steps) == ("25", [800])
     assert np.array_equal(read_clip(folder / "clips/3.webp", (64, 64), 25, fps=12), experiments.blinking(3)[0])
     assert (folder / "clips/3.txt").read_text().strip() == own[3]
 

@@ -1,5 +1,6 @@
 """The tokenizer and the drawn world."""
 import os
+import signal
 import subprocess
 import sys
 import zlib
@@ -442,6 +443,10 @@ def test_a_seed_gives_the_same_tokenizer(folder, monkeypatch, capsys):
     assert call(monkeypatch, capsys, *args, "--seed", 1, "--out", "b", module=tokenizer_script)[0] == 0
     assert torch.load("b/tokenizer-4x8x8.pt", weights_only=True)["crc"] != first
     assert torch.load("b/tokenizer-4x8x8-before.pt", weights_only=True)["crc"] == first  # nothing is lost
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *_: signal.raise_signal(signal.SIGINT))
+    named = ["--tokenizer", "b/tokenizer-4x8x8.pt", *args[:2], *args[4:]]  # its width is its own
+    assert call(monkeypatch, capsys, *named, "--out", "b", module=tokenizer_script)[0] == 130
+    assert os.path.exists("b/tokenizer-4x8x8.pt")  # nothing was saved in its place
 
 
 @pytest.mark.parametrize("size, x, y", [((64, 128), 1.7, 0.5), ((128, 64), 0.5, 1.7)])

@@ -405,7 +405,7 @@ def test_resumed_is_bit_for_bit_the_run_that_was_not_stopped(folder, monkeypatch
     assert run_train(monkeypatch, *args, "--out", "two") == 130
     monkeypatch.setattr(train, "get_lr", real)
     assert checkpoint("two/ckpt.pt")["step"] == 4
-    assert run_train(monkeypatch, "--resume", "--out", "two", "--dtype", "float32", "--device", "cpu") == 0
+    assert run_train(monkeypatch, "--resume", "--out", "two", "--device", "cpu") == 0
     for what in ("model", "ema"):
         assert same(params("one/ckpt.pt", what), params("two/ckpt.pt", what))
     rows = columns("one/log.csv")
@@ -425,8 +425,8 @@ def test_resume_refuses_what_would_repeat_or_skip_clips(folder, monkeypatch, tin
     assert run_train(monkeypatch, *SHORT, "--tokenizer", tiny_files / "tokenizer.pt") == 0
     before = (folder / "out/ckpt.pt").read_bytes()
     assert checkpoint("out/ckpt.pt")["options"].keys() == {
-        "preset", "frames", "steps", "size", "data", "fps", "text", "batch", "parts", "optimiser", "lr", "noise",
-        "frame0", "seed", "save_every", "attention", "loss", "position"}
+        "preset", "frames", "steps", "size", "data", "fps", "text", "dtype", "batch", "parts", "optimiser", "lr",
+        "noise", "frame0", "seed", "save_every", "attention", "loss", "position"}
     for name, old, new in (("batch", "2", "4"), ("seed", "0", "1"), ("frames", r"\(5,\)", "5,9"), ("parts", "1", "2"),
                            ("noise", "0.15", "0"), ("optimiser", "muon", "adamw"), ("size", "", "32x32"),
                            ("frame0", "0.05", "0.5"), ("attention", "causal", "full")):
