@@ -81,6 +81,11 @@ def timeline(path, changed):
     return np.cumsum([0, *durations])
 
 
+def gif_duration(fps):
+    """How long a picture of a GIF lasts, in ms: it counts in 1/100 s, and programs show one of less than 2 slower."""
+    return 10 * max(2, int(100 / fps))
+
+
 def pictures(path, frames, fps, place, length):
     """Yields the pictures that `read_clip` returns, in their full size."""
     times = timeline(path, path.stat().st_mtime_ns)
@@ -89,6 +94,8 @@ def pictures(path, frames, fps, place, length):
     if path.suffix.lower() not in VIDEOS:  # equal neighbours are stored as one: the shortest picture tells the rate
         shortest = lasting[:-1].min(initial=lasting.max())  # the last picture may be cut short
         shown = shown.repeat(np.maximum(1, np.round(lasting / shortest)).astype(int))
+        if fps and path.suffix.lower() == ".gif" and round(1000 * shortest) == gif_duration(fps):
+            fps = None  # nearer to this rate a GIF cannot be: its pictures are taken one by one
     seconds = times[-1] - times[0]
     count = round(seconds * fps) if fps else len(shown)
     if count < length:
@@ -314,6 +321,6 @@ def write_video(path, video, fps):
     if path.suffix == ".gif":
         # Pillow's own choice of 256 colours changes from frame to frame, and dark colours and grey flicker.
         frames = [f.quantize(method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE) for f in frames]
-        duration = 10 * max(2, int(100 / fps))  # a GIF counts in 1/100 s, and one of less than 2 is shown slower
+        duration = gif_duration(fps)
     write(path, lambda part: frames[0].save(part, save_all=True, append_images=frames[1:], loop=0, lossless=True,
                                             duration=duration))

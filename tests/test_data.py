@@ -141,6 +141,9 @@ def test_frame_rate_and_crop(folder):
     long = np.repeat(video[:3], [8, 1, 1], 0)
     write_video(folder / "h.gif", long, 30)  # a GIF counts in 1/100 s: durations are cut to that before joining
     assert np.array_equal(read_clip(folder / "h.gif", (30, 20), 10), long)
+    for fps in (12, 15, 24, 30):  # rates that a GIF does not have: it shows 12.5 pictures a second for 12
+        write_video(folder / "i.gif", video, fps)
+        assert np.array_equal(read_clip(folder / "i.gif", (30, 20), 20, fps=fps), video)
     first, *others = [Image.fromarray(frame) for frame in video]
     first.save("f.webp", save_all=True, append_images=others, duration=[100] * 19 + [10], lossless=True)
     assert np.array_equal(read_clip(folder / "f.webp", (30, 20), 20), video)  # a last one cut short does not
