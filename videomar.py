@@ -133,7 +133,7 @@ def look_beside(config, strength=1.5):
 
 
 def absolute_code(positions, dim):
-    """The absolute cosine code that Appendix A compares with: it is added to the tokens -> (tokens, dim)."""
+    """The absolute cosine code that Appendix A compares with, here added to the tokens -> (tokens, dim)."""
     angles = rope_angles(positions, dim, 10000.0)
     return torch.cat([angles.cos(), angles.sin()], -1)
 
@@ -259,7 +259,7 @@ class Diffusion(nn.Module):
         return (x - s * eps) / a
 
     def posterior(self, x0, x, i, v):
-        """Mean and log variance (tokens, C) of p(x_{i-1} | x_i); v = -1 and v = 1 are its bounds (I-DDPM eq. 15)."""
+        """Mean and log variance (tokens, C) of p(x_{i-1} | x_i); its bounds are at v = -1 and 1 (I-DDPM eq. 15)."""
         c0, cx, low, high = self.table[2:, i]
         return c0 * x0 + cx * x, low + (v + 1) / 2 * (high - low)
 

@@ -216,7 +216,7 @@ def table5(lab):
 
 @experiment
 def positions(lab):
-    """RoPE against absolute codes, at lengths and sizes they were not trained on (Fig. 8)."""
+    """RoPE against absolute codes, at lengths (App. A, Fig. 8) and sizes they were not trained on."""
     places = [(25, (64, 64)), (49, (64, 64)), (97, (64, 64)), (25, (64, 96)), (25, (96, 64)), (25, (96, 96)),
               (25, (128, 128))]
     rows = []
@@ -234,7 +234,7 @@ def positions(lab):
 
 @experiment
 def extrapolate(lab):
-    """The checkpoint at lengths and sizes it was not trained on: longer (Fig. 4), shorter (Fig. 12), larger, smaller
+    """The checkpoint at lengths and sizes it was not trained on: longer and larger (Fig. 4), shorter (Fig. 12), smaller
     (Figs. 9 to 11)."""
     places = [(25, (64, 64)), (13, (64, 64)), (49, (64, 64)), (97, (64, 64)), (25, (64, 96)), (25, (96, 64)),
               (25, (96, 96)), (25, (128, 128)), (49, (64, 96)), (25, (48, 48)), (25, (32, 64)), (49, (48, 48))]
@@ -268,7 +268,7 @@ def curriculum(lab):
     lab.table(["frames", "steps", *HEAD], rows)
 
 
-# -------------------------------------------------------------------------------------------- beyond the paper
+# ------------------------------------------------------------------------ settings, and what goes beyond the paper
 @experiment
 def guidance(lab):
     """Guidance, with a linear and a constant schedule (ours)."""

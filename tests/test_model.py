@@ -44,7 +44,7 @@ def test_presets_count():
     assert sum(p.numel() for p in toy.parameters()) <= 8e6
 
 
-def test_the_defaults_are_the_papers():
+def test_the_defaults_stay():
     told = dict(layers=36, dim=1536, heads=24, channels=16, text_dim=1536, diffusion_layers=3, diffusion_dim=1280,
                 rope_top=2.5, rope_base=100, timesteps=1000, noise_draws=4, snr_clip=math.inf, text_drop=0.1,
                 mask_ratio=(1.0, 0.25, 0.7, 1.0), attention="causal", loss="next-frame", position="rope")
