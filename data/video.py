@@ -60,7 +60,7 @@ def to_rgb(image):
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
 
 
-@lru_cache(100_000)  # the whole file is read for it
+@lru_cache(100_000)  # these times take reading the whole file
 def timeline(path, changed):
     """When each picture of a clip appears, and at last when the last one goes, in seconds of its clock.
 
