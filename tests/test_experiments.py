@@ -172,15 +172,18 @@ def test_each_line_is_of_the_score_that_its_label_tells(folder):
                          ("guidance", lambda row: (25, (64, 64), 1, None, {"cfg": row[0], "cfg_schedule": row[1]}))):
         lab = Notes(folder)
         experiments.EXPERIMENTS[name](lab)
-        frames = 49 if name == "table5" else 25
+        frames, count = (49, 9) if name == "table5" else (25, 7)
+        assert len(lab.scored) == count
         for number, (row, one) in enumerate(zip(lab.rows, lab.scored, strict=True)):
             assert one == (None, frames, *of_row(row)[1:]) and row[-8].startswith(f"{number}.00")
     lab = Notes(folder)
     experiments.extrapolate(lab)
+    assert len(lab.scored) == 12
     for number, (row, (ckpt, frames, (h, w), *_)) in enumerate(zip(lab.rows, lab.scored, strict=True)):
         assert row[:2] == [f"{frames}, {h}x{w}", f"{number}.00 ± 0.00"] and ckpt is None
     lab = Notes(folder)
     experiments.steps(lab)
+    assert len(lab.scored) == 20
     for number, (*_, changes) in enumerate(lab.scored):
         row, column = divmod(number, 4)
         assert changes == {"unmask_steps": lab.rows[row][0], "diffusion_steps": (10, 25, 50, 100)[column]}
