@@ -339,8 +339,10 @@ def encode(a, device):
     source = Folder(a.encode, a.fps)
     print(source.about, flush=True)
     write_latents(source, a.out, tokenizer, a.frames, a.size, device)
+    fits = 4 % tokenizer.stride[0] == 0 and a.frames >= 25  # train.py's own 5, 13 and 25 frames
+    frames = "" if fits else f" --frames {a.frames}"
     print(f"wrote {a.out}; skipped {len(source.skipped)} files; "
-          f"python train.py --data {a.out}{tokenizer.hint} trains on these latents")
+          f"python train.py --data {a.out}{tokenizer.hint}{frames} trains on these latents")
 
 
 def main():
@@ -408,7 +410,8 @@ def main():
             bar.write(f"step {step + 1}: PSNR of 32 clips {score:.2f} dB, largest token {tokens.abs().max():.1f}")
     clips = f" --data {a.data}" if a.data else ""
     fps = f" --fps {a.fps}" if a.fps else ""
-    print(f"wrote {path}; python train.py --tokenizer {path}{clips}{fps} trains on it")
+    frames = "" if 4 % stride[0] == 0 else f" --frames {a.frames}"
+    print(f"wrote {path}; python train.py --tokenizer {path}{clips}{fps}{frames} trains on it")
 
 
 if __name__ == "__main__":

@@ -412,6 +412,8 @@ def test_a_tokenizer_is_trained_on_clips_and_the_model_on_the_same(folder, monke
     code, out, err = call(monkeypatch, capsys, *args, module=tokenizer)
     assert code == 0, err
     assert "python train.py --tokenizer out/tokenizer-4x8x8.pt --data clips --fps 12.0 trains on it" in out
+    _, out, _ = call(monkeypatch, capsys, *args, "--stride", "8x8x8", "--frames", 9, module=tokenizer)
+    assert "--data clips --fps 12.0 --frames 9 trains on it" in out  # 5, 13 and 25 frames have no whole groups of 8
     code, _, err = call(monkeypatch, capsys, *args, "--fps", 5, "--frames", 9, module=tokenizer)  # at 5 there are 4
     assert code == 2 and "none of its 4 clips can be used" in err, err
 

@@ -37,6 +37,14 @@ def test_a_score_is_kept_and_says_how_it_was_sampled(folder, tiny_files, monkeyp
             experiments.Lab(options(folder, tiny_files, **changes))
 
 
+def test_a_table_is_written_and_printed(folder, tiny_files, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["experiments.py", "table5", "--clips", "2"])
+    experiments.Lab(options(folder, tiny_files)).table(["", "PSNR, dB"], [["one", "30.00"], [2, None]])
+    text = (folder / "out/table5.md").read_text()
+    assert text.split("\n")[:4] == ["|  | PSNR, dB |", "| --- | --- |", "| one | 30.00 |", "| 2 | None |"]
+    assert "`python tests/experiments.py table5 --clips 2`, 2 clips, " in text and text in capsys.readouterr().out
+
+
 def test_steps_are_those_of_three_stages(monkeypatch):
     seen = []
 
@@ -200,6 +208,8 @@ def test_positions_and_curriculum(folder):
     assert [(one[0], *one[2]) for one in lab.trained[:4]] == [
         ("videomar", "--position", "rope")] * 2 + [("absolute", "--position", "absolute")] * 2
     assert [one[0] for one in lab.scored] == ["videomar-0", "videomar-1", "absolute-0", "absolute-1"] * 7
+    assert [row[0] for row in lab.rows] == ["25, 64x64", "49, 64x64", "97, 64x64", "25, 64x96", "25, 96x64", "25, 96x96",
+                                            "25, 128x128"]
     assert lab.rows[1] == ["49, 64x64", "4.50 ± 0.50", "6.50 ± 0.50", "0.04 ± 0.01", "0.07 ± 0.01"]
     assert all(f"{frames}, {h}x{w}" == row[0] for row, (_, frames, (h, w), *_) in zip(lab.rows, lab.scored[::4]))
     lab = Notes(folder)
