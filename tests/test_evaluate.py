@@ -258,10 +258,13 @@ def test_what_a_checkpoint_was_trained_on_is_told(folder, tiny_files, monkeypatc
     (["--prompts", "list.csv", "--prompt", "a"], ["--prompts", "--prompt"]),
     (["--prompts", "list.csv", "--context", "2"], ["--prompts", "--context"]),
     (["--prompts", "list.csv", "--out", "a.gif"], ["a.gif", "folder"]),
+    pytest.param(["--prompts", "nowhere.csv", "--out", "file/clips"], ["file is not a folder"],
+                 marks=pytest.mark.skipif(not HAS_AV, reason="needs av")),
     pytest.param(["--prompts", "nowhere.csv"], ["nowhere.csv", "image,prompt"],
                  marks=pytest.mark.skipif(not HAS_AV, reason="needs av"))])
 def test_bad_input_is_one_line(folder, tiny_files, monkeypatch, capsys, args, words):
     (folder / "a-strip.png").mkdir()
+    (folder / "file").touch()
     code, _, err = call(monkeypatch, capsys, "--ckpt", tiny_files / "ckpt.pt", *args)
     assert code == 2 and err.count("\n") == 1 and all(word in err for word in words), err
 

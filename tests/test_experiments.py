@@ -1,4 +1,5 @@
 """Experiments: what is trained and scored for which line of a table, what is kept, and scores that are their own."""
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import torch
 from conftest import TINY_SAMPLING
 
 from data import world
-from data.files import Bad, save
+from data.files import DATA, Bad, save
 from data.video import read_clip, to_float
 
 
@@ -54,14 +55,19 @@ def test_steps_are_those_of_three_stages(monkeypatch):
 
     monkeypatch.setattr(experiments, "Lab", lambda a: a.steps)
     monkeypatch.setitem(experiments.EXPERIMENTS, "table4", table4)
-    for steps in ("7", "1,2,3", "1,2"):
-        monkeypatch.setattr(sys, "argv", ["experiments.py", "table4", "--steps", steps])
-        if steps == "1,2":
-            with pytest.raises(Bad, match="--steps has 2 numbers for 3 stages"):
-                experiments.main()
-        else:
-            experiments.main()
-    assert seen == [[7, 7, 7], [1, 2, 3]]
+    for steps in ([], ["--steps", "7"], ["--steps", "1,2,3"]):
+        monkeypatch.setattr(sys, "argv", ["experiments.py", "table4", *steps])
+        experiments.main()
+    assert seen == [[700, 150, 350], [7, 7, 7], [1, 2, 3]]
+    monkeypatch.setattr(sys, "argv", ["experiments.py", "table4", "--steps", "1,2"])
+    with pytest.raises(Bad, match="--steps has 2 numbers for 3 stages"):
+        experiments.main()
+
+
+def test_the_checkpoint_is_that_of_sample(folder, tiny_files):
+    assert experiments.Lab(options(folder, tiny_files, ckpt=None)).ckpt == DATA / "videomar.pt"
+    shutil.copy(tiny_files / "ckpt.pt", folder / "out/videomar.pt")
+    assert experiments.Lab(options(folder, tiny_files, ckpt=None)).ckpt == Path("out/videomar.pt")
 
 
 def test_clips_are_sampled_from_a_first_frame_or_from_text_alone(folder, tiny_files, monkeypatch):
@@ -181,12 +187,15 @@ def test_each_line_is_of_the_score_that_its_label_tells(folder):
         lab = Notes(folder)
         experiments.EXPERIMENTS[name](lab)
         frames, count = (49, 9) if name == "table5" else (25, 7)
-        assert len(lab.scored) == count
+        assert len(lab.scored) == count and (count == 7 or [row[0] for row in lab.rows] == [
+            1, 0.98, 0.96, 0.94, 0.92, 0.9, "progressive", 0.5, 0])
         for number, (row, one) in enumerate(zip(lab.rows, lab.scored, strict=True)):
             assert one == (None, frames, *of_row(row)[1:]) and row[-8].startswith(f"{number}.00")
     lab = Notes(folder)
     experiments.extrapolate(lab)
-    assert len(lab.scored) == 12
+    assert [row[0] for row in lab.rows] == [
+        "25, 64x64", "13, 64x64", "49, 64x64", "97, 64x64", "25, 64x96", "25, 96x64", "25, 96x96", "25, 128x128",
+        "49, 64x96", "25, 48x48", "25, 32x64", "49, 48x48"]
     for number, (row, (ckpt, frames, (h, w), *_)) in enumerate(zip(lab.rows, lab.scored, strict=True)):
         assert row[:2] == [f"{frames}, {h}x{w}", f"{number}.00 ± 0.00"] and ckpt is None
     lab = Notes(folder)
