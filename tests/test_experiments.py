@@ -217,8 +217,8 @@ def test_positions_and_curriculum(folder):
     assert [(one[0], *one[2]) for one in lab.trained[:4]] == [
         ("videomar", "--position", "rope")] * 2 + [("absolute", "--position", "absolute")] * 2
     assert [one[0] for one in lab.scored] == ["videomar-0", "videomar-1", "absolute-0", "absolute-1"] * 7
-    assert [row[0] for row in lab.rows] == ["25, 64x64", "49, 64x64", "97, 64x64", "25, 64x96", "25, 96x64", "25, 96x96",
-                                            "25, 128x128"]
+    assert [row[0] for row in lab.rows] == [
+        "25, 64x64", "49, 64x64", "97, 64x64", "25, 64x96", "25, 96x64", "25, 96x96", "25, 128x128"]
     assert lab.rows[1] == ["49, 64x64", "4.50 ± 0.50", "6.50 ± 0.50", "0.04 ± 0.01", "0.07 ± 0.01"]
     assert all(f"{frames}, {h}x{w}" == row[0] for row, (_, frames, (h, w), *_) in zip(lab.rows, lab.scored[::4]))
     lab = Notes(folder)
