@@ -261,7 +261,8 @@ def test_text2video_reads_what_was_generated_and_what_is_drawn(folder):
     scenes = {scene.caption(): scene for scene in (world.scene(seed, held_out=True) for seed in range(100))}
 
     def sample(ckpt, nothing, captions, frames):
-        assert nothing.shape == (2, 0, 64, 64, 3) and all(len(scenes[caption].sprites) == 1 for caption in captions)
+        assert nothing.shape == (2, 0, 64, 64, 3) and frames == 25
+        assert all(len(scenes[caption].sprites) == 1 for caption in captions)
         clips = np.stack([world.render(scenes[caption], frames, 64, 64) for caption in captions[::-1]])
         return to_float(torch.from_numpy(clips))
 
@@ -299,6 +300,9 @@ def test_then_measures_the_motion_after_the_change(folder):
     assert later == {4: [scene.caption() for scene in changed]}  # latent frame 4 begins with pixel frame 13
     errors = []
     for scene, video in zip(changed, truth):
+        for sprite in scene.sprites:
+            sprite.then = 12, sprite.then[1]
+        assert np.array_equal(video, world.render(scene, 25, 64, 64))
         places = experiments.centres(experiments.sprite_masks(video, scene))
         errors.append(np.hypot(*(places[:, 24] - places[:, 12]).T).mean())
     want = f"{np.mean(errors):.2f} ± {np.std(errors) / 2:.2f}"
