@@ -410,7 +410,7 @@ def main():
             bar.write(f"step {step + 1}: PSNR of 32 clips {score:.2f} dB, largest token {tokens.abs().max():.1f}")
     clips = f" --data {a.data}" if a.data else ""
     fps = f" --fps {a.fps}" if a.fps else ""
-    frames = "" if 4 % stride[0] == 0 else f" --frames {a.frames}"
+    frames = "" if 4 % stride[0] == 0 else f" --frames {a.frames}"  # see `encode`
     print(f"wrote {path}; python train.py --tokenizer {path}{clips}{fps}{frames} trains on it")
 
 

@@ -3,9 +3,8 @@
     python tests/experiments.py table5          temperatures, on the checkpoint that sample.py uses
     python tests/experiments.py table4          trains what it compares, with 3 seeds; an hour or two on two cores
 
-Writes out/experiments/NAME.md (a table) and film strips into out/experiments/NAME. An experiment that was
-stopped goes on when it is started again: what is trained or scored already is kept. Scores are those of
-tests/evaluate.py.
+Writes out/experiments/NAME.md (a table) and film strips into out/experiments/NAME. An experiment that was stopped goes
+on when it is started again: what is trained or scored already is kept. Scores are those of tests/evaluate.py.
 """
 import argparse
 import contextlib
@@ -368,15 +367,16 @@ def read_sprite(video, background):
     colours = [*(world.COLOURS[name] for name in names), *mixtures]
     nearest = np.stack([((video.astype(np.float32) - c) ** 2).sum(-1) for c in colours]).argmin(0)  # (frames, H, W)
     counts = np.bincount(nearest[0][nearest[0] < len(names)], minlength=len(names))
-    mask = nearest == counts.argmax()
+    colour = counts.argmax()
+    mask = nearest == colour
     shape, y, x, radius = fit_shape(mask[0], np.linspace(0.11, 0.2, 10) * side, 0.0)
     places, errors = centres(mask), {}
     for motion in world.VELOCITIES:
-        sprite = world.Sprite(shape, "", motion, (x + 0.5) / side, (y + 0.5) / side, radius / side)
+        sprite = world.Sprite(shape, names[colour], motion, (x + 0.5) / side, (y + 0.5) / side, radius / side)
         path = side * np.stack(world.path(sprite, frames, height, width)[1::-1], -1)  # y, x (frames, 2)
         errors[motion] = np.hypot(*(places - places[0] - path + path[0]).T).mean()
     _, direction, _ = min(errors, key=errors.get).split()
-    return shape, names[counts.argmax()], direction
+    return shape, names[colour], direction
 
 
 @experiment
