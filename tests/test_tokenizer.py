@@ -495,6 +495,16 @@ def test_scenes_are_drawn_as_told():
     assert world.Scene([star, cat], "blue", 0).caption() == told
 
 
+@pytest.mark.parametrize("strip, clips, frames, size", [("demo-strip.png", 8, 25, 64), ("high-strip.png", 4, 49, 128)])
+def test_the_world_is_still_that_of_the_shipped_checkpoints(strip, clips, frames, size):
+    """README's film strips hold the truth, in every other row, as it was drawn for them."""
+    rows = np.asarray(Image.open(ROOT / "data" / strip)).astype(int)
+    for i in range(clips):
+        drawn = world.clip(i, frames, size, size, held_out=True)[0]
+        shown = rows[i * (2 * size + 4):][:size]  # each pair of rows has a white line of 4 below it
+        assert abs(shown - np.hstack(drawn[::(frames - 1) // 6])).max() <= 1, i  # another CPU may round differently
+
+
 @pytest.mark.parametrize("motion, r, angle", [
     ("grows", 1.25, 0), ("shrinks", 0.8, 0), ("spins", 1, np.pi / 3), ("moves up slowly", 1, 0),
     ("moves up quickly", 1, 0), ("stays still", 1, 0)])
