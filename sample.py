@@ -73,18 +73,17 @@ def generate(model, given, captions, frames, sampling, use_cache=True, then=None
     causal, next_frame = config.attention == "causal", config.loss == "next-frame"
     cache = Cache(config, batch * branches, frames * n, device, text[0][0].dtype) if use_cache and causal else None
 
-    def hidden(begin, end, chosen):
-        """Runs frames begin to end - 1 -> states of the chosen tokens (branches * batch * count, dim)."""
+    def hidden(begin, end):
+        """Runs frames begin to end - 1 -> hidden states of their tokens (branches * batch, tokens, dim)."""
         part = slice(begin * n, end * n)
         x_part, masked_part = x[:, part].repeat(branches, 1, 1), masked[:, part].repeat(branches, 1)
-        places = (chosen - begin * n).repeat(branches, 1)  # in the part
-        return model.hidden(x_part, masked_part, text, grid, begin, cache, places).flatten(0, 1)
+        return model.hidden(x_part, masked_part, text, grid, begin, cache)
 
     # One frame after the other; a model of the total-mask loss fills all of them as one large picture.
     groups = [(t, t + 1) for t in range(n_given, frames)] if next_frame else [(n_given, frames)]
     for begin, end in tqdm(groups, "latent frames", disable=not progress):
         if cache is not None and cache.length < begin * n:  # store keys and values of finished frames
-            hidden(cache.length // n, begin, torch.empty(batch, 0, dtype=torch.long, device=device))
+            hidden(cache.length // n, begin)
             cache.length = begin * n
         if then and begin in then:  # from here on: the keys stored above have read the prompt before
             text = model.read_text(then[begin] * branches, null)
@@ -99,7 +98,8 @@ def generate(model, given, captions, frames, sampling, use_cache=True, then=None
         stop = end if causal else frames  # full attention reads the later [MASK]s, too
         steps = tqdm(order.split(counts, 1), "steps", leave=False, disable=not progress)
         for step, chosen in enumerate(steps, 1):
-            z = hidden(first, stop, chosen)
+            index = (chosen - first * n).repeat(branches, 1)[..., None]  # in the frames that are run
+            z = hidden(first, stop).take_along_dim(index, 1).flatten(0, 1)  # (branches * batch * count, dim)
             guidance = guidance_at(now, sum(counts[:step]) / len(places)) if branches == 2 else None
             noise = torch.randn(chosen.numel(), channels, device=device)
             tokens = diffusion.sample(model.diffusion_mlp, noise, z, now.temperature, guidance, now.clamp)

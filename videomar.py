@@ -383,12 +383,11 @@ class VideoMAR(nn.Module):
         states = self.text_in(torch.where(null[:, None, None], self.null_text, states))
         return [block.text_keys_values(states) for block in self.blocks], mask[:, None, None]
 
-    def hidden(self, x, masked, text, grid, start=0, cache=None, chosen=None):
-        """Hidden states of the chosen tokens, by default of all -> (batch, count, dim).
+    def hidden(self, x, masked, text, grid, start=0, cache=None):
+        """Hidden states (batch, frames * n, dim) of the tokens x of some frames of a clip (batch, frames * n, C).
 
-        x: tokens of some frames of a clip (batch, frames * n, C), n = h * w; masked (batch, frames * n): True where
-        [MASK] stands in; text: from `read_text`; grid: (h, w); start: number of the first frame in x; cache: holds the
-        frames before it; chosen (batch, count): places in x.
+        n = h * w; masked (batch, frames * n): True where [MASK] stands in; text: from `read_text`; grid: (h, w); start:
+        number of the first frame in x; cache: holds the frames before it.
         """
         config, n = self.config, grid[0] * grid[1]
         positions = grid_positions(start, x.shape[1] // n, *grid, x.device)
@@ -402,8 +401,6 @@ class VideoMAR(nn.Module):
         for block, kv in zip(self.blocks, keys_values):
             run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block
             z = run(z, rotation, kv, text_mask, n, cache)
-        if chosen is not None:
-            z = z.take_along_dim(chosen[..., None], 1)
         return self.norm(z)
 
     def draw_masked(self, batch, frames, n, t, device=None):
@@ -433,7 +430,8 @@ class VideoMAR(nn.Module):
         text = self.read_text(captions, torch.rand(batch, device=x.device) < config.text_drop)
         masked, places = self.draw_masked(batch, frames, n, t, x.device)
         end = (t + 1) * n if config.cuts else frames * n
-        z = self.hidden(x[:, :end], masked[:, :end], text, grid, chosen=places)  # (batch, count, dim)
+        z = self.hidden(x[:, :end], masked[:, :end], text, grid)
+        z = z.take_along_dim(places[..., None], 1)  # (batch, count, dim)
         target = x.take_along_dim(places[..., None], 1).float()  # (batch, count, C)
         x0 = target.flatten(0, 1).repeat(config.noise_draws, 1)  # (tokens, C)
         z = z.flatten(0, 1).repeat(config.noise_draws, 1)  # (tokens, dim), tokens = draws * batch * count

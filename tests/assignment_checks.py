@@ -620,7 +620,7 @@ def check_forward(theirs):
         model.hidden, model.draw_masked, model.diffusion.loss = watched_hidden, draw_masked, loss
         model.words = [weights for name, weights in right.named_parameters() if name.startswith("text")]
         text = read_text(captions, torch.zeros(16, dtype=torch.bool))
-        z = hidden(x.flatten(1, 3), drawn, text, (3, 2), chosen=places)
+        z = hidden(x.flatten(1, 3), drawn, text, (3, 2)).take_along_dim(places[..., None], 1)
         return model, x.flatten(1, 3).take_along_dim(places[..., None], 1).flatten(0, 1), z.flatten(0, 1)
 
     model, x0, z = watched(text_drop=0.0)

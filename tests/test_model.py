@@ -95,15 +95,6 @@ def test_full_attention_sees_later_frames():
     assert ((hidden(model, x) - hidden(model, y)).abs().amax(-1)[:, :N] > 1e-5).all()
 
 
-@torch.no_grad()
-def test_hidden_states_of_the_chosen_tokens():
-    """Others in each clip, in the order in which they are chosen."""
-    model, x, chosen = tiny_model(), clip(), torch.tensor([[4, N, 1], [3 * N, 0, 2 * N + 1]])
-    some, every = hidden(model, x, chosen=chosen), hidden(model, x)
-    for row, places in enumerate(chosen.tolist()):
-        assert torch.equal(some[row], torch.stack([every[row, place] for place in places]))
-
-
 def test_frame_causal_attention_is_masked_attention():
     q, k, v = torch.randn(3, 2, 4, 3 * N, 8).double().unbind(0)
     frame = torch.arange(3 * N) // N
@@ -750,19 +741,17 @@ def test_seed_decides_the_clip():
     assert torch.equal(one, again) and not torch.allclose(one, two)
 
 
-def test_every_clip_is_filled_in_an_order_of_its_own(monkeypatch):
-    model, orders = tiny_model(), []
-    real = model.hidden
+def test_every_clip_is_filled_in_an_order_of_its_own():
+    left = []
 
-    def hidden(*args):
-        orders.append(args[6])  # chosen
-        return real(*args)
+    def watch(clip, masked, *_):
+        left.append(masked[:, 1].flatten(1).long())
 
-    monkeypatch.setattr(model, "hidden", hidden)
     torch.manual_seed(0)
-    generate(model, torch.randn(4, 1, 4, 4, 16), ["a cat"] * 4, 2, replace(TINY_SAMPLING, cfg=1))
-    order = torch.cat(orders, 1)
-    assert torch.equal(order.sort(1).values, torch.arange(16).expand(4, -1))  # each token once
+    given, sampling = torch.randn(4, 1, 4, 4, 16), replace(TINY_SAMPLING, unmask_steps=16, cfg=1)
+    generate(tiny_model(), given, ["a cat"] * 4, 2, sampling, watch=watch)
+    order = torch.stack(left).sum(0)  # after how many steps each token is still masked
+    assert torch.equal(order.sort(1).values, torch.arange(16).expand(4, -1))  # one token a step
     assert len({tuple(row) for row in order.tolist()} | {tuple(range(16))}) == 5
 
 
@@ -878,7 +867,7 @@ def test_finished_frames_are_cached_with_their_own_prompt(monkeypatch):
     real = model.hidden
 
     def hidden(*args):
-        if args[-1].numel() == 0:  # no token is asked for: only keys and values are stored
+        if not args[1].any():  # no token is masked: only keys and values are stored
             texts.append(args[2])
         return real(*args)
 
