@@ -190,7 +190,7 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.heads, self.causal = layer, config.heads, config.attention == "causal"
+        self.layer, self.heads = layer, config.heads
         d = config.dim
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(d), nn.LayerNorm(d), nn.LayerNorm(d)
         self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
@@ -205,14 +205,13 @@ class Block(nn.Module):
         """x (batch, frames * n, dim) -> the same shape.
 
         rotation: cosines and sines of `rope_angles`; text: from `text_keys_values`; text_mask (batch, 1, 1, word): True
-        at words; n: tokens of a frame; cache: of earlier frames.
+        at words; n: tokens that see each other, as those of a frame do; cache: of earlier frames.
         """
         q, k, v = rearrange(self.qkv(self.norm1(x)), "b l (three h d) -> three b h l d", three=3, h=self.heads)
-        if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        y = frame_causal_attention(q, k, v, n) if self.causal else attend(q, k, v)
+        y = frame_causal_attention(q, k, v, n)
         x = x + self.out(rearrange(y, "b h l d -> b l (h d)"))
         q = rearrange(self.cross_q(self.norm2(x)), "b l (h d) -> b h l d", h=self.heads)
         x = x + self.cross_out(rearrange(attend(q, *text, text_mask), "b h l d -> b l (h d)"))
@@ -391,12 +390,13 @@ class VideoMAR(nn.Module):
         """
         config, n = self.config, grid[0] * grid[1]
         positions = grid_positions(start, x.shape[1] // n, *grid, x.device)
+        if config.attention == "full":
+            n = x.shape[1]  # all frames see each other, as if they were one
+        angles = rope_angles(positions, config.dim // config.heads, config.rope_base, config.rope_top)
         z = torch.where(masked[..., None], self.mask_token, self.token_in(x))
-        if config.position == "rope":
-            angles = rope_angles(positions, config.dim // config.heads, config.rope_base, config.rope_top)
-            rotation = angles.cos(), angles.sin()
-        else:
-            z, rotation = z + absolute_code(positions, config.dim), None
+        if config.position == "absolute":
+            z, angles = z + absolute_code(positions, config.dim), torch.zeros_like(angles)  # no rotation
+        rotation = angles.cos(), angles.sin()
         keys_values, text_mask = text
         for block, kv in zip(self.blocks, keys_values):
             run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block

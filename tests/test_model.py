@@ -18,6 +18,7 @@ from videomar import (PRESETS, Cache, Config, Diffusion, Sampling, VideoMAR, abs
 
 GRID, N = (2, 3), 6
 CAPTIONS = ["a red cat moves left", "a blue star spins on a green background"]
+STILL = torch.ones(16), torch.zeros(16)  # cosines and sines of no rotation
 
 
 def clip(frames=4, batch=2, seed=1):
@@ -67,7 +68,7 @@ def test_a_new_model_predicts_no_noise_and_its_blocks_change_nothing(position):
     x, mlp = torch.randn(2, 12, 64), model.diffusion_mlp
     text, mask = model.read_text(CAPTIONS, torch.tensor([False, True]))
     for block, keys_values in zip(model.blocks, text):
-        assert torch.equal(block(x, None, keys_values, mask, 6), x)
+        assert torch.equal(block(x, STILL, keys_values, mask, 6), x)
         assert block.qkv.weight.abs().max() == pytest.approx((6 / (64 + 192)) ** 0.5, rel=0.01)  # Xavier's bound
         assert block.qkv.bias[:128].any() == (position == "rope") and not block.qkv.bias[128:].any()
     for layer in (*mlp.modulate, mlp.last_modulate, mlp.out):
@@ -157,7 +158,7 @@ def test_what_the_blocks_are_given(position):
         for _, (cos, sin), *_ in seen:
             assert torch.equal(cos, angles.cos()) and torch.equal(sin, angles.sin())
     else:
-        assert seen[0][1] is None
+        assert seen[0][1][0].eq(1).all() and not seen[0][1][1].any()  # no rotation
         tokens = tokens + absolute_code(places, 64)
     assert torch.allclose(seen[0][0], tokens, atol=1e-6)
 
@@ -250,7 +251,7 @@ def test_a_block_written_plainly():
     h = x[0] + block.out(attention(*block.qkv(block.norm1(x[0])).chunk(3, -1)))
     h = h + block.cross_out(attention(block.cross_q(block.norm2(h)), *block.cross_kv(states[0]).chunk(2, -1)))
     h = h + block.mlp[2](F.gelu(block.mlp[0](block.norm3(h))))
-    assert torch.allclose(block(x, None, block.text_keys_values(states), None, 5)[0], h, atol=1e-5)
+    assert torch.allclose(block(x, STILL, block.text_keys_values(states), None, 5)[0], h, atol=1e-5)
 
 
 def test_heads_start_by_looking_beside_themselves_in_every_direction(monkeypatch):
