@@ -19,8 +19,6 @@ from data.video import (caption_of, check_out, draw_step, enlarge, find, read_cl
 from tokenizer import check_size, check_tokens, open_text, open_tokenizer
 from videomar import Cache, Config, Diffusion, Sampling, VideoMAR, progressive_temperature, unmask_counts
 
-FORMAT = 1  # of checkpoints: another number means that they do not load
-
 
 # ---------------------------------------------------------------------------------------------------- sampling
 def frame_sampling(sampling, t, n_given):
@@ -111,14 +109,6 @@ def generate(model, given, captions, frames, sampling, use_cache=True, then=None
 
 
 # -------------------------------------------------------------------------------------------------- checkpoints
-def load_checkpoint(path):
-    """A file of train.py as a dict. Raises Bad."""
-    checkpoint = load(path, "videomar")
-    if checkpoint.get("format") != FORMAT:
-        raise Bad(f"{path}: a checkpoint of another version of this code; train one with train.py")
-    return checkpoint
-
-
 def stored_as(kind, stored):
     """A Config or Sampling of a checkpoint. Fields that the file does not have get their defaults."""
     return kind(**{field.name: stored[field.name] for field in fields(kind) if field.name in stored})
@@ -143,7 +133,7 @@ def build_model(checkpoint, path, device="cpu", dtype=torch.float32, text=None):
 
 def load_model(path, device="cpu", dtype=torch.float32, text=None, tokenizer=None):
     """A checkpoint of train.py -> model, tokenizer, the checkpoint. tokenizer: path of one with the same tokens."""
-    checkpoint = load_checkpoint(path)
+    checkpoint = load(path, "videomar")
     model = build_model(checkpoint, path, device, dtype, text)
     tokenizer = open_tokenizer(tokenizer, checkpoint["tokenizer"], device, path)
     check_tokens(tokenizer, checkpoint["tokenizer"], path)

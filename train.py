@@ -23,11 +23,11 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from data.files import (Bad, Parser, check_writable, choose_hardware, lock, mix_seed, number, ranks, run, save,
-                        set_aside, sizes)
+from data.files import (Bad, Parser, check_writable, choose_hardware, load, lock, mix_seed, number, ranks, run,
+                        save, set_aside, sizes)
 from data.latents import open_source
 from data.video import psnr, read_ahead, to_float, to_tokens, to_uint8, write_strip
-from sample import FORMAT, build_model, generate, load_checkpoint
+from sample import build_model, generate
 from tokenizer import check_size, check_tokens, open_text, open_tokenizer
 from videomar import PRESETS, Sampling, VideoMAR
 
@@ -92,12 +92,11 @@ def read_options(argv=None):
 
     if a.resume:
         a.init = a.out / "ckpt.pt"
-    checkpoint = load_checkpoint(a.init) if a.init else {}
+    checkpoint = load(a.init, "videomar") if a.init else {}
     kept = checkpoint.get("options")
     if a.resume:
         if "optimisers" not in checkpoint:
-            reason = "is for sampling alone, or of another version"
-            raise Bad(f"--resume: {a.init} {reason}; start anew with --init {a.init}")
+            raise Bad(f"--resume: {a.init} is for sampling alone; start anew with --init {a.init}")
         fill(kept)
         for name, value in kept.items():
             if getattr(a, name, value) != value and name not in FREE:
@@ -246,7 +245,7 @@ def save_checkpoints(a, step, model, ema, optimisers, tokenizer, sampling, sourc
     options.update({name: getattr(model.config, name) for name in ABLATIONS})
     options["data"] = a.data and str(a.data.absolute())  # a path is no plain value, and the current folder may change
     options["text"] = model.text.name
-    both = {"kind": "videomar", "format": FORMAT, "step": step, "config": asdict(model.config),
+    both = {"kind": "videomar", "step": step, "config": asdict(model.config),
             "sampling": asdict(sampling), "tokenizer": tokenizer.pack(), "text": model.text.name, "frames": a.frames,
             "size": a.size, "data": source.about, "files": source.files, "fps": source.fps, "options": options}
     averaged, states = ema.state_dict(), [optimiser.state_dict() for optimiser in optimisers]

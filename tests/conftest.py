@@ -13,7 +13,6 @@ sys.path.insert(0, str(ROOT))
 
 from assignment_checks import filled  # noqa: E402
 from data.files import save  # noqa: E402
-from sample import FORMAT  # noqa: E402
 from tokenizer import Tokenizer, Words  # noqa: E402
 from videomar import PRESETS, Sampling, VideoMAR  # noqa: E402
 
@@ -45,7 +44,7 @@ def tiny_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     packed, model = tiny_tokenizer().pack(), tiny_model()
     save(packed, folder / "tokenizer.pt")
-    save({"kind": "videomar", "format": FORMAT, "config": asdict(model.config), "sampling": asdict(TINY_SAMPLING),
+    save({"kind": "videomar", "config": asdict(model.config), "sampling": asdict(TINY_SAMPLING),
           "tokenizer": packed, "text": None, "frames": (5, 9), "size": (16, 24), "files": None, "data": "drawn world",
           "options": {"preset": "toy", "size": (16, 24), "text": None, "frames": (5, 9)},
           "step": 0, "ema": model.state_dict()}, folder / "ckpt.pt")

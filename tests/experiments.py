@@ -25,10 +25,10 @@ import torch
 from tqdm import tqdm
 
 from data import world
-from data.files import DATA, Bad, Parser, choose_hardware, number, run, sizes, write
+from data.files import DATA, Bad, Parser, choose_hardware, load, number, run, sizes, write
 from data.video import psnr, to_float, to_uint8, write_strip, write_video
 from evaluate import centres, evaluate, fit_shape, sprite_masks
-from sample import generate, load_checkpoint, load_model
+from sample import generate, load_model
 from train import stage_steps
 from videomar import Sampling
 
@@ -49,7 +49,7 @@ class Lab:
         self.device, self.dtype, self.autocast = choose_hardware(a)
         trained = Path("out/videomar.pt")
         self.ckpt = a.ckpt or (trained if trained.exists() else DATA / "videomar.pt")
-        checkpoint = load_checkpoint(self.ckpt)
+        checkpoint = load(self.ckpt, "videomar")
         if checkpoint["tokenizer"]["stride"] != (4, 8, 8):  # clips of 25 frames of 64x64, as latent frames count here
             raise Bad(f"--ckpt {self.ckpt}: the experiments need the stride 4x8x8; tests/evaluate.py scores others")
         self.sampling = Sampling(**checkpoint["sampling"])
@@ -77,7 +77,7 @@ class Lab:
             if getattr(self.a, option):
                 arguments += [f"--{option}", getattr(self.a, option)]
         if (out / "ckpt.pt").exists():
-            earlier = load_checkpoint(out / "ckpt.pt")
+            earlier = load(out / "ckpt.pt", "videomar")
             earlier_steps = list(earlier["options"]["steps"])
             if earlier_steps != steps:
                 reason = f"it was trained with --steps {earlier_steps}, not {steps}"
@@ -139,7 +139,7 @@ class Lab:
 
         def compute():
             model, tokenizer = self.model(ckpt)
-            sampling = replace(Sampling(**load_checkpoint(ckpt)["sampling"]), **changes)
+            sampling = replace(Sampling(**load(ckpt, "videomar")["sampling"]), **changes)
             batch = max(1, 16 * 25 * 64 * 64 // (frames * size[0] * size[1]))
             torch.manual_seed(seed)  # all scores share their draws
             with self.autocast, silent():

@@ -783,9 +783,6 @@ def test_a_checkpoint_without_a_field_has_its_default(folder, monkeypatch, tiny_
     model, *_ = __import__("sample").load_model("out/ckpt.pt")
     assert model.config == replace(TINY, snr_clip=videomar.Config.snr_clip, noise_draws=videomar.Config.noise_draws)
     assert run_train(monkeypatch, "--resume", "--steps", 2) == 0
-    torch.save({**content, "format": 99}, "new.pt")
-    with pytest.raises(Bad, match="new.pt: .*another version"):
-        run_train(monkeypatch, *SHORT, "--init", "new.pt", "--out", "new")
 
 
 def test_scripts_on_tiny_settings(folder):
