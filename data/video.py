@@ -96,15 +96,14 @@ def pictures(path, frames, fps, place, length):
         shown = shown.repeat(np.maximum(1, np.round(lasting / shortest)).astype(int))
         if fps and path.suffix.lower() == ".gif" and round(1000 * shortest) == gif_duration(fps):
             fps = None  # nearer to this rate a GIF cannot be: its pictures are taken one by one
-    seconds = times[-1] - times[0]
-    count = round(seconds * fps) if fps else len(shown)
+    if fps:  # what is on the screen at these moments
+        moments = times[0] + np.arange(round((times[-1] - times[0]) * fps)) / fps
+        shown = np.searchsorted(times[:-1], moments + 6e-4, side="right") - 1  # a file's times are rounded to ms
+    count = len(shown)
     if count < length:
         raise Bad(f"{path}: {count} frames, {length} are needed; give a longer one, or fewer --frames or --context")
-    if fps:  # what is on the screen at these moments
-        moments = times[0] + place * max(0, seconds - length / fps) + np.arange(frames) / fps
-        chosen = np.searchsorted(times[:-1], moments + 6e-4, side="right") - 1  # a file's times are rounded to ms
-    else:
-        chosen = shown[min(int(place * (count - length + 1)), count - length) + np.arange(frames)]
+    first = min(int(place * (count - length + 1)), count - length)
+    chosen = shown[first:first + frames]
     if path.suffix.lower() in VIDEOS:
         with need("av", path).open(str(path)) as file:
             stream = file.streams.video[0]
