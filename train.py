@@ -288,7 +288,7 @@ def main():
     sampling = Sampling(**{**source.sampling, **PRESETS[a.preset]["sampling"]})
 
     # ------------------------------------------------------------------------------------------------------- loop
-    signals, stop = [], 0
+    signals = []
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, lambda kind, frame: signals.append(kind))
     if rank == 0:
@@ -304,18 +304,11 @@ def main():
         print(f"stages     frames {a.frames}, steps {a.steps}; checkpoints and film strips in {a.out}", flush=True)
     schedule = make_schedule(a, tokenizer.stride[0])
     batch_of = partial(get_batch, a, source, model.config, tokenizer.stride[0], schedule)
-    if not source.processes:
-        workers = 4  # threads: reading files waits for the disk
-    elif device.type == "cpu":
-        workers = 0  # the cores are busy: a step took a fifth longer with the drawing beside it
-    else:
-        workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    batches = read_ahead(batch_of, range(step, total), workers, source.processes)
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = 0 if device.type == "cpu" else min(16, cores)  # on a CPU a step took a fifth longer with them
     start, bar = time.time(), tqdm(total=total, initial=step, disable=rank > 0, smoothing=0.05, mininterval=1)
-    while step < total and not stop:
-        tick = time.time()
+    for batch in read_ahead(batch_of, range(step, total), workers):
         stage, t = schedule[step]
-        batch = next(batches)
         lr = get_lr(a, step)
         for optimiser, factor in zip(optimisers, (1, MUON_LR)):
             for group in optimiser.param_groups:
@@ -352,10 +345,9 @@ def main():
         if rank == 0:
             ends = step == sum(a.steps[:stage + 1])
             seconds = time.time() - start
-            rate = a.parts * latents[..., 0].numel() / (time.time() - tick)  # tokens a second, of all ranks
             row = step, stage + 1, t, f"{loss.item():.5f}", f"{lr:.3g}", f"{seconds:.1f}"
             print(*row, sep=",", file=log)
-            bar.set_postfix(stage=stage + 1, loss=f"{loss.item():.3f}", tok_s=f"{rate:.0f}", refresh=False)
+            bar.set_postfix(stage=stage + 1, loss=f"{loss.item():.3f}", refresh=False)
             bar.update()
             if ends or stop or step % a.save_every == 0:
                 save_checkpoints(a, step, model, ema, optimisers, tokenizer, sampling, source)
@@ -363,14 +355,13 @@ def main():
                 with autocast:
                     score, path = estimate_psnr(a, stage, ema, sampling, tokenizer, source, device)
                 bar.write(f"stage {stage + 1} done after {seconds / 60:.1f} min: {score:.2f} dB on 4 clips, see {path}")
+        if stop:
+            break
     bar.close()
-    batches.close()  # ends its processes
     if world_size > 1:
         dist.barrier()  # torchrun ends all ranks soon after the first one that stops
         dist.destroy_process_group()
     if rank == 0:
-        if source.skipped:
-            print(f"skipped {len(source.skipped)} files of --data that could not be used")
         if step < total:
             print(f"stopped after step {step}; go on with: python train.py --resume --out {a.out}{tokenizer.hint}")
         else:

@@ -7,10 +7,8 @@ import math
 import signal
 import sys
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
-from itertools import islice
 from os.path import realpath
 from pathlib import Path
 
@@ -153,8 +151,6 @@ class Source:
 
     about = ""  # a line for the log
     files = None  # equal if --resume finds the same files
-    skipped = set()  # files that could not be used
-    processes = False  # whether `read_ahead` takes processes
     packed, size = None, None  # of latents: their tokenizer, and the size of the clips that they are of
     fps = None  # pictures a second that were taken from the clips; None: all
     sampling, training = {}, {"noise": 0.0, "frame0": 0.0}  # defaults of train.py for this source
@@ -220,27 +216,11 @@ def outlast(worker):
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
 
 
-def read_ahead(function, items, workers, processes=False):
-    """Yields function(item) for each item of a sequence, in order, while workers compute the next ones.
-
-    workers: how many threads, or processes; with 0 all is computed in turn. Threads do for reading files, which waits;
-    drawing keeps Python busy.
-    """
-    if not workers:
-        yield from map(function, items)
-        return
-    if processes:
-        # With batch size None the loader calls collate_fn on each item, in a worker.
-        yield from DataLoader(items, None, collate_fn=function, num_workers=workers, prefetch_factor=1,
-                              worker_init_fn=outlast)
-        return
-    items = iter(items)
-    with ThreadPoolExecutor(workers) as pool:
-        ahead = [pool.submit(function, item) for item in islice(items, workers)]
-        while ahead:
-            result = ahead.pop(0).result()
-            ahead += [pool.submit(function, item) for item in islice(items, 1)]
-            yield result
+def read_ahead(function, items, workers):
+    """function(item) for each item of a sequence, in order; so many processes compute the next ones meanwhile."""
+    # With batch size None the loader calls collate_fn on each item, in a worker.
+    return DataLoader(items, None, collate_fn=function, num_workers=workers, worker_init_fn=outlast,
+                      prefetch_factor=1 if workers else None)
 
 
 # -------------------------------------------------------------------------------------------- pixels and writing
