@@ -117,14 +117,11 @@ def save(content, path):
     write(path, lambda part: torch.save(content, part))
 
 
-def load(path, *kinds, mmap=False):
-    """A file of ours as a dict of tensors and plain values, in which nothing is ever executed. Raises Bad.
-
-    mmap: tensors are read from the file when they are used.
-    """
+def load(path, *kinds):
+    """A file of ours as a dict of tensors and plain values, in which nothing is ever executed. Raises Bad."""
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's, about files that are refused anyway
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise Bad(f"{path}: no such file; give a {kinds[0]} file of this code") from None
     except Exception as e:

@@ -1,7 +1,7 @@
-"""Latents of a folder of clips, encoded once: `write_latents` writes shards, and training takes batches from `Latents`.
+"""Latents of a folder of clips, encoded once: `write_latents` writes them, and training takes batches from `Latents`.
 
-A shard holds float16 latents and captions. It is mapped into memory, so drawing a clip reads that clip alone.
-latents.pt holds the tokenizer and the settings.
+latents.pt holds the tokenizer and the settings. Each clip has a file with its latents in float16 and its caption; the
+file of a clip that could not be used is empty.
 """
 import numpy as np
 import torch
@@ -13,15 +13,14 @@ from data.world import World
 
 
 @torch.no_grad()
-def write_latents(source, out, tokenizer, frames, size, device, each=256):
-    """Encodes the middle of every clip of a `Folder`: shards of `each` clips. Raises Bad.
+def write_latents(source, out, tokenizer, frames, size, device):
+    """Encodes the middle of every clip of a `Folder`. Raises Bad.
 
-    A shard that is there is never written again: a run that was killed goes on, and the ranks of torchrun share them.
+    A file that is there is never written again: a run that was killed goes on, and the ranks of torchrun share them.
     """
     rank, world_size = ranks()
-    starts = range(0, len(source.clips), each)  # the first clip of each shard
-    settings = {"frames": frames, "size": size, "fps": source.fps, "each": each, "shards": len(starts),
-                "files": source.files, "crc": tokenizer.crc}
+    settings = {"frames": frames, "size": size, "fps": source.fps, "clips": len(source.clips), "files": source.files,
+                "crc": tokenizer.crc}
     if not tokenizer.measured:
         tokenizer.measure(to_float(source.batch(range(16), frames, size)[0].to(device)))
     if not (out / "latents.pt").exists():
@@ -30,18 +29,15 @@ def write_latents(source, out, tokenizer, frames, size, device, each=256):
         save({"kind": "latents", "tokenizer": tokenizer.pack(), "settings": settings}, out / "latents.pt")
     if load(out / "latents.pt", "latents").get("settings") != settings:
         raise Bad(f"--out {out}: it holds latents of other clips, settings or tokenizer; choose another folder")
-    for first in tqdm(starts[rank::world_size], "shards", disable=rank > 0):
-        file = out / f"shard-{first // each:05d}.pt"
+    for i in tqdm(range(rank, len(source.clips), world_size), "clips", disable=rank > 0):
+        file = out / f"clip-{i:07d}.pt"
         if file.exists():
             continue
-        latents, captions = [], []
-        for i in range(first, min(first + each, len(source.clips))):
-            if clip := source.read(i, frames, size, 0.5):
-                video = to_float(torch.from_numpy(clip[0])[None].to(device))
-                latents.append(tokenizer.encode(video)[0].half().cpu())
-                captions.append(clip[1])
-        stacked = torch.stack(latents) if latents else torch.empty(0)
-        save({"kind": "shard", "latents": stacked, "captions": captions}, file)
+        if clip := source.read(i, frames, size, 0.5):
+            video = to_float(torch.from_numpy(clip[0])[None].to(device))
+            save({"kind": "clip", "latents": tokenizer.encode(video)[0].half().cpu(), "caption": clip[1]}, file)
+        else:
+            file.touch()
 
 
 class Latents(Source):
@@ -50,14 +46,11 @@ class Latents(Source):
     def __init__(self, folder):
         content = load(folder / "latents.pt", "latents")
         settings, self.packed = content["settings"], content["tokenizer"]
-        try:
-            shards = [load(file, "shard", mmap=True) for file in sorted(folder.glob("shard-*.pt"))]
-        except Bad as e:
-            raise Bad(f"{e}; remove it, and run tokenizer.py --encode again") from None
-        self.clips = [(shard, row) for shard in shards for row in range(len(shard["captions"]))]
-        if len(shards) != settings["shards"] or not self.clips:
-            raise Bad(f"{folder}: {len(self.clips)} clips in {len(shards)} shards, of which there should be "
-                      f"{settings['shards']}; run tokenizer.py --encode again")
+        files = sorted(folder.glob("clip-*.pt"))
+        self.clips = [file for file in files if file.stat().st_size]
+        if len(files) != settings["clips"] or not self.clips:
+            raise Bad(f"{folder}: {len(self.clips)} clips in {len(files)} files, of which there should be "
+                      f"{settings['clips']}; run tokenizer.py --encode again")
         self.size, self.frames, self.fps = settings["size"], settings["frames"], settings["fps"]
         self.files = settings
         self.about = f"{folder}: {len(self.clips)} clips of latents, {self.frames} frames {self.size[0]}x{self.size[1]}"
@@ -66,9 +59,9 @@ class Latents(Source):
         """The latents of a clip, float32 (T, h, w, C), and its caption."""
         if size != self.size or (length or frames) > self.frames:
             raise Bad(f"{self.about}; give --frames {self.frames} or fewer, and leave --size out")
-        shard, row = self.clips[np.random.default_rng((seed, 1)).integers(len(self.clips))]
+        clip = load(self.clips[np.random.default_rng((seed, 1)).integers(len(self.clips))], "clip")
         latent_frames = 1 + (frames - 1) // self.packed["stride"][0]
-        return shard["latents"][row, :latent_frames].float().numpy(), shard["captions"][row]
+        return clip["latents"][:latent_frames].float().numpy(), clip["caption"]
 
 
 def open_source(path=None, fps=None, out=None):

@@ -44,8 +44,8 @@ def fill(folder, n=4, frames=9):
     return folder
 
 
-def encode(clips, out, net, frames, size, **options):
-    write_latents(Folder(clips), out, net, frames, size, "cpu", **options)
+def encode(clips, out, net, frames, size):
+    write_latents(Folder(clips), out, net, frames, size, "cpu")
 
 
 def test_pixels_by_hand():
@@ -425,9 +425,9 @@ def test_encode_takes_the_tokenizer_that_is_named_and_goes_on_with_it(folder, mo
     assert call(monkeypatch, capsys, *args, *tokenizers, module=tokenizer)[0] == 0
     want = torch.load(tiny_files / "tokenizer.pt", weights_only=True)["state"]
     assert same(torch.load("latents/latents.pt", weights_only=True)["tokenizer"]["state"], want)
-    os.remove("latents/shard-00000.pt")  # stopped before it was whole
+    os.remove("latents/clip-0000000.pt")  # stopped before it was whole
     code, out, err = call(monkeypatch, capsys, *args, module=tokenizer)
-    assert code == 0 and os.path.exists("latents/shard-00000.pt") and "python train.py --data latents" in out, err
+    assert code == 0 and os.path.exists("latents/clip-0000000.pt") and "python train.py --data latents" in out, err
     assert run_train(monkeypatch, "--data", "latents", "--frames", 5, "--steps", 1, "--batch", 2) == 0
     assert same(params("out/ckpt.pt", "tokenizer")["state"], want) and params("out/ckpt.pt", "size") == (16, 24)
     other = tiny_tokenizer()
@@ -455,37 +455,36 @@ def test_a_clip_may_be_called_latents(folder):
 
 
 def test_latents_once(folder, monkeypatch, tiny_files, capsys):
-    """Encoded, killed, gone on, shared by two ranks: the same shards. Training on them is training on the clips."""
+    """Encoded, killed, gone on, shared by two ranks: the same files. Training on them is training on the clips."""
     fill(folder / "clips", 8)
     (folder / "clips/broken.gif").write_bytes(b"GIF89a")
     net = tiny_tokenizer()
-    encode(folder / "clips", folder / "whole", net, 9, SIZE, each=3)
-    shards = [torch.load(path, weights_only=True) for path in sorted((folder / "whole").glob("shard-*"))]
-    assert [len(shard["captions"]) for shard in shards] == [2, 3, 3]  # the broken one sorts first
-    assert [len(shard["latents"]) for shard in shards] == [2, 3, 3]
-    encode(folder / "clips", folder / "parts", net, 9, SIZE, each=3)
-    os.remove(folder / "parts/shard-00001.pt")  # killed before this shard was whole
-    with pytest.raises(Bad, match="5 clips in 2 shards, of which there should be 3; run tokenizer.py --encode again"):
+    encode(folder / "clips", folder / "whole", net, 9, SIZE)
+    names = [f"clip-{i:07d}.pt" for i in range(9)]
+    assert sorted(os.listdir("whole")) == [*names, "latents.pt"]
+    assert [os.path.getsize(folder / "whole" / name) > 0 for name in names] == [False] + 8 * [True]  # the broken one
+    encode(folder / "clips", folder / "parts", net, 9, SIZE)
+    os.remove(folder / "parts/clip-0000005.pt")  # killed before this file was whole
+    with pytest.raises(Bad, match="7 clips in 8 files, of which there should be 9; run tokenizer.py --encode again"):
         open_source(folder / "parts")
-    before = os.stat(folder / "parts/shard-00000.pt").st_mtime_ns
-    encode(folder / "clips", folder / "parts", net, 9, SIZE, each=3)
-    assert os.stat(folder / "parts/shard-00000.pt").st_mtime_ns == before  # not redone
+    before = os.stat(folder / "parts/clip-0000001.pt").st_mtime_ns
+    encode(folder / "clips", folder / "parts", net, 9, SIZE)
+    assert os.stat(folder / "parts/clip-0000001.pt").st_mtime_ns == before  # not redone
     for rank in "10":
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
-        encode(folder / "clips", folder / "ranks", net, 9, SIZE, each=3)
-        assert len([*(folder / "ranks").glob("shard-*")]) == {"1": 1, "0": 3}[rank]  # each does its own
+        encode(folder / "clips", folder / "ranks", net, 9, SIZE)
+        assert len([*(folder / "ranks").glob("clip-*")]) == {"1": 4, "0": 9}[rank]  # each does its own
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("WORLD_SIZE")
-    for name in sorted(os.listdir("whole")):
+    for name in [*names[1:], "latents.pt"]:
         whole, *others = (torch.load(folder / out / name, weights_only=True) for out in ("whole", "parts", "ranks"))
         for other in others:
             assert whole.keys() == other.keys()
             assert name == "latents.pt" or torch.equal(whole["latents"], other["latents"])
-            assert whole.get("captions") == other.get("captions") and whole.get("settings") == other.get("settings")
-    for frames, each in ((5, 3), (9, 4)):
-        with pytest.raises(Bad, match="other clips, settings"):
-            encode(folder / "clips", folder / "whole", net, frames, SIZE, each=each)
+            assert whole.get("caption") == other.get("caption") and whole.get("settings") == other.get("settings")
+    with pytest.raises(Bad, match="other clips, settings"):
+        encode(folder / "clips", folder / "whole", net, 5, SIZE)
     with pytest.raises(Bad, match="9 frames 16x24"):
         Latents(folder / "whole").batch(range(2), 5, SIZE, length=13)
     latents, captions = Latents(folder / "whole").batch(range(30), 9, SIZE)
@@ -517,7 +516,7 @@ def test_latents_are_of_the_middle_of_a_clip(folder):
     video, net = world.clip(0, 13, *SIZE)[0], tiny_tokenizer()
     write_video(folder / "clips/a.webp", video, 12)
     encode(folder / "clips", folder / "latents", net, 5, SIZE)
-    latents = torch.load("latents/shard-00000.pt", weights_only=True)["latents"]
+    latents = torch.load("latents/clip-0000000.pt", weights_only=True)["latents"][None]
     want = net.encode(to_float(torch.from_numpy(video[None, 4:9])))
     assert latents.dtype == torch.float16 and torch.allclose(latents.float(), want, atol=0.01)
 
@@ -563,7 +562,7 @@ def test_the_first_frames_of_a_clip_are_the_same_at_any_rate(folder):
 
 
 def test_latents_of_other_clips_are_not_mixed(folder, monkeypatch):
-    """Another tokenizer, another caption: nothing of it goes beside what is there. A shard that is lost is told."""
+    """Another tokenizer, another caption: nothing of it goes beside what is there. A file that is lost is told."""
     fill(folder / "clips", 2)
     encode(folder / "clips", folder / "latents", tiny_tokenizer(), 9, SIZE)
     other = tiny_tokenizer()
@@ -575,15 +574,17 @@ def test_latents_of_other_clips_are_not_mixed(folder, monkeypatch):
     with pytest.raises(Bad, match="other clips"):
         encode(folder / "clips", folder / "latents", tiny_tokenizer(), 9, SIZE)
     assert sorted((p.name, p.stat().st_mtime_ns) for p in (folder / "latents").iterdir()) == before
-    (folder / "latents/shard-00000.pt").write_bytes(b"half")
-    with pytest.raises(Bad, match="shard-00000.pt: .*damaged.*remove it, and run tokenizer.py --encode again"):
-        open_source(folder / "latents")
-    os.remove("latents/shard-00000.pt")
-    with pytest.raises(Bad, match="0 clips in 0 shards, of which there should be 1"):
-        open_source(folder / "latents")
-    save({"kind": "shard", "latents": torch.empty(0), "captions": []}, folder / "latents/shard-00000.pt")
-    with pytest.raises(Bad, match="0 clips in 1 shards"):
-        open_source(folder / "latents")
+    for i, (content, told) in enumerate(((b"half", "1 clips in 1 files, of which"), (b"", "0 clips in 2 files"))):
+        for path in folder.glob("latents/clip-*"):
+            path.unlink()
+        for name in range(i + 1):
+            (folder / f"latents/clip-{name:07d}.pt").write_bytes(content)
+        with pytest.raises(Bad, match=told):
+            open_source(folder / "latents")
+    for name in range(2):
+        (folder / f"latents/clip-{name:07d}.pt").write_bytes(b"half")
+    with pytest.raises(Bad, match="clip-000000.*damaged"):
+        open_source(folder / "latents").batch([0], 9, SIZE)
 
 
 def test_encode_from_the_command_line(folder, tiny_files):
@@ -595,14 +596,11 @@ def test_encode_from_the_command_line(folder, tiny_files):
 
 
 def test_many_clips_need_no_memory(folder):
-    """40,000 tiny ones in 40 shards, 160 MB: opened at once, and batches read what they need from the files."""
-    latents = torch.zeros(1000, 2, 8, 8, 16, dtype=torch.float16)
-    for i in range(40):
-        latents[:] = i
-        latents[..., 0] = torch.arange(1000)[:, None, None, None]
-        save({"kind": "shard", "latents": latents, "captions": [f"clip {i} {j}" for j in range(1000)]},
-             folder / f"big/shard-{i:05d}.pt")
-    settings = {"frames": 5, "size": (64, 64), "files": 1, "crc": 1, "fps": None, "shards": 40}
+    """A batch reads the files of its clips alone."""
+    latents = torch.zeros(2, 32, 32, 16, dtype=torch.float16)
+    for i in range(1000):
+        save({"kind": "clip", "latents": latents + i, "caption": f"clip {i}"}, folder / f"big/clip-{i:07d}.pt")
+    settings = {"frames": 5, "size": (64, 64), "files": 1, "crc": 1, "fps": None, "clips": 1000}
     save({"kind": "latents", "tokenizer": {"stride": (4, 8, 8)}, "settings": settings}, folder / "big/latents.pt")
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
@@ -614,14 +612,13 @@ before = memory()
 source = open_source(Path("big"))
 seen = set()
 for step in range(100):
-    latents, captions = source.batch(range(step * 64, step * 64 + 64), 5, (64, 64))
+    latents, captions = source.batch(range(step * 32, step * 32 + 32), 5, (64, 64))
     for caption, x in zip(captions, latents):
-        shard, row = map(int, caption.split()[1:])
-        assert (x[..., 1:] == shard).all() and (x[..., 0] == row).all()
+        assert (x == int(caption.split()[1])).all()
     seen.update(captions)
 print(len(seen), memory() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     seen, grown = map(int, done.stdout.split())
-    assert seen > 5000 and grown < 40_000
+    assert seen > 900 and grown < 40_000

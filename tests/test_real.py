@@ -86,12 +86,12 @@ def test_latents_of_two_cosmos_tokenizers_are_not_mixed(folder, monkeypatch):
         write_video(folder / f"clips/{i}.gif", world.clip(i, 9, 16, 16)[0], 12)
 
     def encode(cosmos):
-        write_latents(Folder(folder / "clips"), folder / "latents", cosmos, 9, (16, 16), "cpu", each=2)
+        write_latents(Folder(folder / "clips"), folder / "latents", cosmos, 9, (16, 16), "cpu")
 
     encode(Cosmos(make_cosmos(folder / "cosmos")))
     assert counts == [16]
-    os.remove("latents/shard-00001.pt")
-    before, kept = ((folder / "latents" / name).read_bytes() for name in ("latents.pt", "shard-00000.pt"))
+    os.remove("latents/clip-0000003.pt")
+    before, kept = ((folder / "latents" / name).read_bytes() for name in ("latents.pt", "clip-0000000.pt"))
     with pytest.raises(Bad, match="other clips, settings or tokenizer"):
         encode(Cosmos(make_cosmos(folder / "other", seed=1)))
     packed = torch.load("latents/latents.pt", weights_only=True)["tokenizer"]
@@ -100,7 +100,7 @@ def test_latents_of_two_cosmos_tokenizers_are_not_mixed(folder, monkeypatch):
     again.measure = None  # is not called
     encode(again)
     assert (folder / "latents/latents.pt").read_bytes() == before
-    assert (folder / "latents/shard-00000.pt").read_bytes() == kept
+    assert (folder / "latents/clip-0000000.pt").read_bytes() == kept
     assert torch.equal(again.mean, packed["mean"]) and torch.equal(again.std, packed["std"])
     check_tokens(again, packed, "latents")
     other = open_tokenizer(folder / "other", packed)
