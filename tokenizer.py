@@ -23,7 +23,8 @@ from einops.layers.torch import Rearrange
 from torch import nn
 from tqdm import tqdm
 
-from data.files import DATA, Bad, Parser, check_writable, choose_hardware, load, number, run, save, set_aside, sizes
+from data.files import (DATA, Bad, Parser, check_writable, choose_hardware, load, lock, number, run, save, set_aside,
+                        sizes)
 from data.latents import open_source, write_latents
 from data.video import Folder, psnr, to_float
 
@@ -380,6 +381,7 @@ def main():
     path = a.out / f"tokenizer-{'x'.join(map(str, stride))}.pt"
     held_out = to_float(source.held_out(32, a.frames, a.size)[0].to(device))
     short = min(a.frames, 1 + 2 * stride[0])
+    lock_file = lock(a.out)  # noqa: F841, an open file keeps the lock
     bar = tqdm(range(a.steps), mininterval=1)
     for step in bar:
         rate = min(1, (step + 1) / 100) * (1 - step / a.steps)  # warm-up, then down a line

@@ -239,13 +239,13 @@ def estimate_psnr(a, stage, ema, sampling, tokenizer, source, device):
     return psnr(video[:, :, 1:], truth[:, :, 1:]).mean().item(), path
 
 
-def save_checkpoints(a, step, model, ema, optimisers, tokenizer, sampling, source):
+def save_checkpoints(a, step, seconds, model, ema, optimisers, tokenizer, sampling, source):
     """ckpt.pt, which --resume needs, and videomar.pt, which is small and enough to sample from."""
     options = {name: value for name, value in vars(a).items() if name not in OF_THIS_RUN}
     options.update({name: getattr(model.config, name) for name in ABLATIONS})
     options["data"] = a.data and str(a.data.absolute())  # a path is no plain value, and the current folder may change
     options["text"] = model.text.name
-    both = {"kind": "videomar", "step": step, "config": asdict(model.config),
+    both = {"kind": "videomar", "step": step, "seconds": seconds, "config": asdict(model.config),
             "sampling": asdict(sampling), "tokenizer": tokenizer.pack(), "text": model.text.name, "frames": a.frames,
             "size": a.size, "data": source.about, "files": source.files, "fps": source.fps, "options": options}
     averaged, states = ema.state_dict(), [optimiser.state_dict() for optimiser in optimisers]
@@ -274,9 +274,9 @@ def main():
     tokenizer = make_tokenizer(a, source, checkpoint, device)
     model, ema = make_model(a, checkpoint, tokenizer.channels, device, dtype)
     optimisers = make_optimisers(model, a.optimiser, a.lr)
-    step, total = 0, sum(a.steps)
+    step, seconds, total = 0, 0.0, sum(a.steps)
     if a.resume:
-        step = checkpoint["step"]
+        step, seconds = checkpoint["step"], checkpoint["seconds"]
         model.load_state_dict(checkpoint["model"])  # until here both models had the averaged weights
         for optimiser, state in zip(optimisers, checkpoint["optimisers"]):
             optimiser.load_state_dict(state)
@@ -306,7 +306,9 @@ def main():
     batch_of = partial(get_batch, a, source, model.config, tokenizer.stride[0], schedule)
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = 0 if device.type == "cpu" else min(16, cores)  # on a CPU a step took a fifth longer with them
-    start, bar = time.time(), tqdm(total=total, initial=step, disable=rank > 0, smoothing=0.05, mininterval=1)
+    bar = tqdm(total=total, initial=step, disable=rank > 0, smoothing=0.05, mininterval=1)
+    tick = time.time()
+    start = tick - seconds
     for batch in read_ahead(batch_of, range(step, total), workers):
         stage, t = schedule[step]
         lr = get_lr(a, step)
@@ -344,19 +346,21 @@ def main():
             raise Bad(f"step {step}: the gradients are not finite; {again}, and --lr {a.lr / 2:g} or lower")
         if rank == 0:
             ends = step == sum(a.steps[:stage + 1])
-            seconds = time.time() - start
+            seconds = time.time() - start  # of all runs up to this one, if it was resumed
+            rate = a.parts * latents[..., 0].numel() / (time.time() - tick)  # tokens a second, of all ranks
             row = step, stage + 1, t, f"{loss.item():.5f}", f"{lr:.3g}", f"{seconds:.1f}"
             print(*row, sep=",", file=log)
-            bar.set_postfix(stage=stage + 1, loss=f"{loss.item():.3f}", refresh=False)
+            bar.set_postfix(stage=stage + 1, loss=f"{loss.item():.3f}", tok_s=f"{rate:.0f}", refresh=False)
             bar.update()
             if ends or stop or step % a.save_every == 0:
-                save_checkpoints(a, step, model, ema, optimisers, tokenizer, sampling, source)
+                save_checkpoints(a, step, seconds, model, ema, optimisers, tokenizer, sampling, source)
             if ends:
                 with autocast:
                     score, path = estimate_psnr(a, stage, ema, sampling, tokenizer, source, device)
                 bar.write(f"stage {stage + 1} done after {seconds / 60:.1f} min: {score:.2f} dB on 4 clips, see {path}")
         if stop:
             break
+        tick = time.time()
     bar.close()
     if world_size > 1:
         dist.barrier()  # torchrun ends all ranks soon after the first one that stops

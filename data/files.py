@@ -30,7 +30,8 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except Bad as e:
-        line = str(e)  # e would keep main's variables, and the processes that draw, until Python ends
+        # A process that reads ahead puts its traceback before the line. e itself would keep these processes.
+        line = str(e).split("Bad: ")[-1].strip()
     except OSError as e:
         line = f"{e.filename2 or e.filename or 'output'}: {e.strerror or e}"
     except (MemoryError, RuntimeError) as e:
@@ -93,7 +94,7 @@ def check_writable(path):
 def write(path, save):
     """Calls save(a temporary name beside it), then renames: `path` is never half a file. Raises Bad."""
     path = Path(path)
-    part = path.with_name(f".part-{ranks()[0]}-{path.name}")
+    part = path.with_name(f".part-{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save(part)

@@ -9,6 +9,7 @@ import sys
 import zlib
 from fractions import Fraction
 from functools import lru_cache
+from glob import glob
 from os.path import realpath
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def timeline(path, changed):
 
 def gif_duration(fps):
     """How long a picture of a GIF lasts, in ms: it counts in 1/100 s, and programs show one of less than 2 slower."""
-    return 10 * max(2, int(100 / fps))
+    return 10 * max(2, round(100 / fps))
 
 
 def pictures(path, frames, fps, place, length):
@@ -172,22 +173,23 @@ class Folder(Source):
     """
 
     def __init__(self, folder, fps=None, out=None):
-        self.folder, self.fps, self.skipped, self.clips = folder, fps, set(), []
+        self.folder, self.fps, self.skipped, self.clips, listing = folder, fps, set(), [], []
         if not folder.is_dir():
             raise Bad(f"{folder}: no such folder; give one with clips, or one written by tokenizer.py --encode")
         root, outputs = folder.resolve(), out and out.resolve()
         if outputs in (root, *root.parents):  # all clips lie in it
             outputs = None
-        for path in sorted(root.rglob("*")):
-            hidden = any(part[0] == "." for part in path.relative_to(root).parts)
-            if path.suffix.lower() in VIDEOS + ANIMATIONS and not hidden and outputs not in path.parents:
-                self.clips.append((path, caption_of(path)))
+        for name in sorted(glob("**/*", root_dir=root, recursive=True)):  # follows links; no hidden files
+            path = root / name
+            if path.suffix.lower() in VIDEOS + ANIMATIONS and outputs not in path.parents:
+                caption, size = caption_of(path), path.exists() and path.stat().st_size
+                self.clips.append((path, caption))
+                listing.append((name, caption, size))
         if not self.clips:
             raise Bad(f"{folder}: no clips in it; looked for {', '.join(VIDEOS + ANIMATIONS)}")
         if any(path.suffix.lower() in VIDEOS for path, _ in self.clips):
             need("av", f"--data {folder}")
-        listing = repr([(str(path.relative_to(root)), caption) for path, caption in self.clips])
-        self.files = zlib.crc32(listing.encode(errors="replace"))
+        self.files = zlib.crc32(repr(listing).encode(errors="replace"))
         captioned = sum(bool(caption) for _, caption in self.clips)
         self.about = f"{folder}: {len(self.clips)} clips, {captioned} captions"
 

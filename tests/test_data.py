@@ -22,7 +22,7 @@ import data.video
 import tokenizer
 import train
 from data import world
-from data.files import Bad, save
+from data.files import Bad, run, save
 from data.latents import Latents, open_source, write_latents
 from data.video import Folder, psnr, read_ahead, read_clip, timeline, to_float, to_uint8, write_video
 
@@ -88,6 +88,17 @@ def test_a_folder_of_clips(folder, monkeypatch):
     for path in folder.glob("clips/clip3.*"):
         path.rename(path.with_stem("clip4"))  # the same captions, in the same order
     assert Folder(folder / "clips").files != before
+    before = Folder(folder / "clips").files
+    shutil.copy(folder / "clips/clip4.gif", folder / "clips/clip0.gif")  # another clip of the same name
+    assert Folder(folder / "clips").files != before
+
+
+def test_a_linked_folder_is_a_folder(folder):
+    fill(folder / "elsewhere", 3)
+    (folder / "clips/set [1]").mkdir(parents=True)
+    (folder / "clips/set [1]/link").symlink_to(folder / "elsewhere")
+    (path, caption), *others = Folder(folder / "clips").clips
+    assert path.name == "clip0.gif" and caption == world.clip(0, 1)[1] and len(others) == 2
 
 
 def test_pictures_are_made_smaller_by_their_means(folder):
@@ -139,11 +150,16 @@ def test_frame_rate_and_crop(folder):
     assert np.array_equal(read_clip(folder / "e.webp", (30, 20), 9), changing)  # the one alone tells the rate
     assert np.array_equal(read_clip(folder / "e.webp", (30, 20), 4, place=1.0), changing[5:])
     long = np.repeat(video[:3], [8, 1, 1], 0)
-    write_video(folder / "h.gif", long, 30)  # a GIF counts in 1/100 s: durations are cut to that before joining
+    write_video(folder / "h.gif", long, 30)  # a GIF counts in 1/100 s: durations are rounded to that before joining
     assert np.array_equal(read_clip(folder / "h.gif", (30, 20), 10), long)
     for fps in (12, 15, 24, 30):  # rates that a GIF does not have: it shows 12.5 pictures a second for 12
         write_video(folder / "i.gif", video, fps)
         assert np.array_equal(read_clip(folder / "i.gif", (30, 20), 20, fps=fps), video)
+    for fps, duration in ((13, 80), (15, 70), (26, 40), (35, 30), (50, 20), (90, 20)):  # in ms, the nearest there is
+        write_video(folder / "j.gif", video, fps)
+        assert Image.open(folder / "j.gif").info["duration"] == duration
+    chosen = read_clip(folder / "j.gif", (30, 20), 10, fps=35)[:, 15, 10, 0] // 10  # of 50 a second
+    assert chosen.tolist() == [0, 1, 2, 4, 5, 7, 8, 10, 11, 12]
     first, *others = [Image.fromarray(frame) for frame in video]
     first.save("f.webp", save_all=True, append_images=others, duration=[100] * 19 + [10], lossless=True)
     assert np.array_equal(read_clip(folder / "f.webp", (30, 20), 20), video)  # a last one cut short does not
@@ -352,6 +368,17 @@ def killed(seed):
 
 def test_processes_leave_signals_to_the_first_one():
     assert list(read_ahead(killed, range(4), 2)) == [0, 1, 2, 3]
+
+
+def unreadable(item):
+    raise Bad(f"clip{item}.pt: it is damaged")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_input_that_a_process_meets_is_one_line(capsys, workers):
+    with pytest.raises(SystemExit, match="2"):
+        run(lambda: list(read_ahead(unreadable, [7], workers)))
+    assert capsys.readouterr().err.endswith(": clip7.pt: it is damaged\n")
 
 
 def test_processes_draw_the_same_clips_side_by_side():
