@@ -42,8 +42,7 @@ def guidance_at(sampling, share):
 
 
 @torch.no_grad()  # not inference_mode, in which autocast casts every weight again for each product
-def generate(model, given, captions, frames, sampling, use_cache=True, then=None, keep=None, progress=False,
-             watch=None):
+def generate(model, given, captions, frames, sampling, use_cache=True, then=None, keep=None, watch=None):
     """Continues given latents (batch, n_given, h, w, C) by captions -> (batch, frames, h, w, C), the given ones first.
 
     Frames are latent. n_given = 0 is text-to-video. then: {frame: captions from there on}; the keys of earlier frames
@@ -79,7 +78,7 @@ def generate(model, given, captions, frames, sampling, use_cache=True, then=None
 
     # One frame after the other; a model of the total-mask loss fills all of them as one large picture.
     groups = [(t, t + 1) for t in range(n_given, frames)] if next_frame else [(n_given, frames)]
-    for begin, end in tqdm(groups, "latent frames", disable=not progress):
+    for begin, end in tqdm(groups, "latent frames", leave=False, disable=None):
         if cache is not None and cache.length < begin * n:  # store keys and values of finished frames
             hidden(cache.length // n, begin)
             cache.length = begin * n
@@ -94,7 +93,7 @@ def generate(model, given, captions, frames, sampling, use_cache=True, then=None
         counts = unmask_counts(len(places), now.unmask_steps * (end - begin))
         first = 0 if cache is None else begin  # earlier frames are in the cache
         stop = end if causal else frames  # full attention reads the later [MASK]s, too
-        steps = tqdm(order.split(counts, 1), "steps", leave=False, disable=not progress)
+        steps = tqdm(order.split(counts, 1), "steps", leave=False, disable=None)
         for step, chosen in enumerate(steps, 1):
             index = (chosen - first * n).repeat(branches, 1)[..., None]  # in the frames that are run
             z = hidden(first, stop).take_along_dim(index, 1).flatten(0, 1)  # (branches * batch * count, dim)
@@ -279,7 +278,7 @@ def main():
             pixels = torch.zeros(1, *size, 3)  # for the shape of its tokens
         given = tokenizer.encode(to_float(pixels[None].to(device)))[:, :n_given].repeat_interleave(a.n, 0)
         latents = generate(model, given, [prompt] * a.n, latent_frames, sampling, use_cache=not a.no_cache, then=then,
-                           keep=keep, progress=True,
+                           keep=keep,
                            watch=(lambda *step: watched_steps.append(draw_step(tokenizer, *step))) if a.watch else None)
         clips = [enlarge(to_uint8(video)) for video in tokenizer.decode(latents)]  # the copy ends after all GPU work
     seconds = time.time() - start

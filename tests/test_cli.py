@@ -184,7 +184,7 @@ def test_what_the_sampler_is_given(tiny, folder, monkeypatch):
     write_video(folder / "clip.png", world.clip(0, 9, 16, 24)[0], 12)
     seen = []
 
-    def generate(model, given, captions, frames, sampling, use_cache, then, keep, progress, watch):
+    def generate(model, given, captions, frames, sampling, use_cache, then, keep, watch):
         seen.append((given.shape[:2], captions, frames, sampling, use_cache, then))
         assert (given == given[:1]).all() and given.any() == (given.shape[1] > 0)  # the same for every clip
         return given.new_zeros(len(given), frames, 2, 3, 16)
