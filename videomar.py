@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.distributions import Normal, kl_divergence
 from torch.utils.checkpoint import checkpoint
 
 
@@ -276,8 +277,9 @@ class Diffusion(nn.Module):
         eps, v = net(x, self.timesteps[i], z).float().chunk(2, -1)
         true_mean, true_logvar = self.posterior(x0, x, i, torch.full_like(v, -1))  # its variance is the lower bound
         mean, logvar = self.posterior(self.x0_from(x, i, eps.detach()), x, i, v)
-        kl = 0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp() + (true_mean - mean) ** 2 * (-logvar).exp())
-        nll = 0.5 * (logvar + (x0 - mean) ** 2 * (-logvar).exp() + math.log(2 * math.pi))
+        q = Normal(true_mean, (true_logvar / 2).exp(), validate_args=False)  # to validate, it would wait for the GPU
+        p = Normal(mean, (logvar / 2).exp(), validate_args=False)
+        kl, nll = kl_divergence(q, p), -p.log_prob(x0)
         variational = torch.where(i[:, None] == 0, nll, kl) / math.log(2)  # in bits; nll is ours, MAR's is discretised
         a, s = self.table[:2, i]
         weight = (snr_clip * (s / a) ** 2).clamp(max=1)  # min(1, snr_clip / SNR)

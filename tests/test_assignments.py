@@ -212,9 +212,10 @@ WRONG = [
     (9, "weight = (snr_clip * (s / a) ** 2).clamp(max=1)", "weight = 1", "snr_clip = 1"),
     (9, "(snr_clip * (s / a) ** 2).clamp(max=1)", "snr_clip * (s / a) ** 2", "it is inf or nan"),
     (9, "+ variational).mean(-1)", "+ variational).sum(-1)", "not the sum"),
-    (9, "(true_mean - mean) ** 2 * (-logvar).exp())", "(true_mean - mean) ** 2 * (-true_logvar).exp())",
+    (9, "kl_divergence(q, p)",
+     "0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp() + (true_mean - mean) ** 2 / true_logvar.exp())",
      "by the model's variance"),
-    (9, "nll = 0.5 * (logvar + (x0 - mean) ** 2", "nll = 0.5 * (logvar + (x0 - true_mean) ** 2",
+    (9, "-p.log_prob(x0)", "-Normal(true_mean, p.scale).log_prob(x0)",
      "with a wrong noise and v = -1, in step i = 0"),
     (9, "+ variational).mean(-1)", "+ variational).mean()", "a number for each token"),
     (9, "eps, v = net(x, self.timesteps[i], z)", "eps, v = net(x, i, z)", "not the step i"),
@@ -392,11 +393,10 @@ RIGHT = [
      "x = mean + (i > 0) * temperature * logvar.exp().sqrt() * torch.randn(x.shape)"),
     (8, "self.timesteps[i, None], z).float()", "timestep=self.timesteps[i, None], z=z).float()"),
     (9,
+     "kl, nll = kl_divergence(q, p), -p.log_prob(x0)",
      "kl = 0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp() + (true_mean - mean) ** "
-     "2 * (-logvar).exp())",
-     "normal = lambda mean, logvar: torch.distributions.Normal(mean, (logvar / 2).exp())\n"
-     "        kl = torch.distributions.kl_divergence(normal(true_mean, true_logvar), normal(mean, "
-     "logvar))"),
+     "2 * (-logvar).exp())\n"
+     "        nll = 0.5 * (logvar + (x0 - mean) ** 2 * (-logvar).exp() + math.log(2 * math.pi))"),
     (10, "x0 = target.flatten(0, 1).repeat(config.noise_draws, 1)  # (tokens, C)\n"
      "        z = z.flatten(0, 1).repeat(config.noise_draws, 1)",
      "x0, z = (y.flatten(0, 1).repeat_interleave(config.noise_draws, 0) for y in (target, z))"),
