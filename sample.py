@@ -61,6 +61,7 @@ def generate(model, given, captions, frames, sampling, use_cache=True, then=None
     clip[:, :given.shape[1]] = given
     x = clip.flatten(1, 3)  # (batch, frames * n, C), the same memory
     masked = (~known).repeat(batch, 1)
+    rows = torch.arange(batch, device=device)[:, None]
 
     # Guidance, which a frame 0 made anew always has, doubles the batch: the captions, and behind them the nulls.
     branches = 1 if sampling.cfg == 1 and n_given else 2
@@ -100,8 +101,8 @@ def generate(model, given, captions, frames, sampling, use_cache=True, then=None
             guidance = guidance_at(now, sum(counts[:step]) / len(places)) if branches == 2 else None
             noise = torch.randn(chosen.numel(), channels, device=device)
             tokens = diffusion.sample(model.diffusion_mlp, noise, z, now.temperature, guidance, now.clamp)
-            x.scatter_(1, chosen[..., None].expand(-1, -1, channels), tokens.view(batch, -1, channels))
-            masked.scatter_(1, chosen, False)
+            x[rows, chosen] = tokens.view(batch, -1, channels)
+            masked[rows, chosen] = False
             if watch:
                 watch(clip, masked.view(clip.shape[:-1]), begin, step, counts)
     return clip

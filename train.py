@@ -245,11 +245,12 @@ def save_checkpoints(a, step, seconds, model, ema, optimisers, tokenizer, sampli
     options.update({name: getattr(model.config, name) for name in ABLATIONS})
     options["data"] = a.data and str(a.data.absolute())  # a path is no plain value, and the current folder may change
     options["text"] = model.text.name
-    both = {"kind": "videomar", "step": step, "seconds": seconds, "config": asdict(model.config),
+    both = {"kind": "videomar", "step": step, "config": asdict(model.config),
             "sampling": asdict(sampling), "tokenizer": tokenizer.pack(), "text": model.text.name, "frames": a.frames,
             "size": a.size, "data": source.about, "files": source.files, "fps": source.fps, "options": options}
     averaged, states = ema.state_dict(), [optimiser.state_dict() for optimiser in optimisers]
-    save({**both, "ema": averaged, "model": model.state_dict(), "optimisers": states}, a.out / "ckpt.pt")
+    of_run = {"seconds": seconds, "model": model.state_dict(), "optimisers": states}
+    save({**both, "ema": averaged, **of_run}, a.out / "ckpt.pt")
     save({**both, "ema": {name: value.half().cpu() for name, value in averaged.items()}}, a.out / "videomar.pt")
 
 
@@ -285,12 +286,12 @@ def main():
         for tensor in (*model.parameters(), *ema.parameters()):
             dist.broadcast(tensor.data, 0)  # different CPUs round the initial weights differently
         dist.barrier()  # all ranks have read their files before rank 0 renames any
-    sampling = Sampling(**{**source.sampling, **PRESETS[a.preset]["sampling"]})
+    sampling = Sampling(**(source.sampling | PRESETS[a.preset]["sampling"]))
 
     # ------------------------------------------------------------------------------------------------------- loop
     signals = []
     for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, lambda kind, frame: signals.append(kind))
+        signal.signal(kind, lambda *_: signals.append(kind))
     if rank == 0:
         lock_file = lock(a.out)  # noqa: F841, an open file keeps the lock
         if not a.resume and (a.out / "ckpt.pt").exists():  # a log alone is of a run that saved nothing

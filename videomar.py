@@ -206,7 +206,7 @@ class Block(nn.Module):
         """x (batch, frames * n, dim) -> the same shape.
 
         rotation: cosines and sines of `rope_angles`; text: from `text_keys_values`; text_mask (batch, 1, 1, word): True
-        at words; n: tokens that see each other, as those of a frame do; cache: of earlier frames.
+        at words; n: tokens of a frame; cache: of earlier frames.
         """
         q, k, v = rearrange(self.qkv(self.norm1(x)), "b l (three h d) -> three b h l d", three=3, h=self.heads)
         q, k = rotate(q, *rotation), rotate(k, *rotation)
@@ -236,7 +236,7 @@ class Diffusion(nn.Module):
         abar = torch.cumprod(1 - (1 - f[1:] / f[:-1]).clamp(max=0.999), 0)  # I-DDPM eq. 17
         timesteps = torch.linspace(0, total - 1, steps, dtype=torch.float64).round().long()
         abar = abar[timesteps]
-        abar_prev = F.pad(abar[:-1], (1, 0), value=1.0)  # of step i - 1
+        abar_prev = torch.cat([abar.new_ones(1), abar[:-1]])  # of step i - 1
         beta = 1 - abar / abar_prev
         variance = beta * (1 - abar_prev) / (1 - abar)  # of the posterior q(x_{i-1} | x_i, x_0)
         variance[0] = variance[1]  # it is 0 there, and its logarithm is needed
@@ -392,17 +392,16 @@ class VideoMAR(nn.Module):
         """
         config, n = self.config, grid[0] * grid[1]
         positions = grid_positions(start, x.shape[1] // n, *grid, x.device)
-        if config.attention == "full":
-            n = x.shape[1]  # all frames see each other, as if they were one
         angles = rope_angles(positions, config.dim // config.heads, config.rope_base, config.rope_top)
         z = torch.where(masked[..., None], self.mask_token, self.token_in(x))
         if config.position == "absolute":
             z, angles = z + absolute_code(positions, config.dim), torch.zeros_like(angles)  # no rotation
         rotation = angles.cos(), angles.sin()
         keys_values, text_mask = text
+        together = x.shape[1] if config.attention == "full" else n  # tokens that see each other, as those of a frame do
         for block, kv in zip(self.blocks, keys_values):
             run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block
-            z = run(z, rotation, kv, text_mask, n, cache)
+            z = run(z, rotation, kv, text_mask, together, cache)
         return self.norm(z)
 
     def draw_masked(self, batch, frames, n, t, device=None):

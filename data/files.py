@@ -94,7 +94,7 @@ def check_writable(path):
 def write(path, save):
     """Calls save(a temporary name beside it), then renames: `path` is never half a file. Raises Bad."""
     path = Path(path)
-    part = path.with_name(f".part-{os.getpid()}-{path.name}")
+    part = path.with_name(f".part-{ranks()[0]}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save(part)

@@ -171,9 +171,9 @@ def check_schedules(theirs):
 
 
 def check_cache(theirs):
-    cache = theirs.Cache(replace(CONFIG, layers=3), 2, 12)
+    cache = theirs.Cache(replace(CONFIG, layers=3), 3, 12)
     cache.buffer.fill_(-100.0)
-    draw = lambda: torch.randn(2, 2, 2, 4, 16)  # keys and values of a frame of 4 tokens
+    draw = lambda: torch.randn(2, 3, 4, 2, 16).transpose(2, 3)  # keys and values of a frame of 4 tokens, as in Block
     first, again, second, other = draw(), draw(), draw(), draw()
     got = cache.update(0, *first)
     expect(len(got) == 2, "it must return two tensors, keys and values")
@@ -198,7 +198,7 @@ def check_cache(theirs):
     expect((cache.buffer[1] == -100).all(), "layers 0 and 2 were updated, and the buffer of layer 1 has changed")
     moved = "it moves `length` once there are finished frames; the sampler alone moves it"
     expect(cache.length == 4, moved)
-    both = torch.randn(2, 2, 2, 8, 16)
+    both = torch.randn(2, 3, 2, 8, 16)
     keys, values = cache.update(2, *both)
     expect(keys.shape[2] == 12, f"two frames of 4 tokens behind one: {keys.shape[2]} keys come back; it must be 12")
     same("keys of two frames at once, behind the first", keys[:, :, 4:], both[0])
@@ -208,7 +208,7 @@ def check_cache(theirs):
 
 def check_diffusion(theirs):
     diffusion, right = theirs.Diffusion(1000, 25), ours.Diffusion(1000, 25)
-    x0, x, noise = torch.randn(3, 25, 4)
+    x0, x, noise = 3 * torch.randn(3, 25, 4)  # some beyond ±4, where only `sample` clamps
     v = torch.rand(25, 4) * 2 - 1
     order = torch.randperm(25)
     for i in (7, order):
@@ -246,7 +246,7 @@ def check_masking(theirs):
         of = f"draw_mask_ratio(({mean}, {std}, {low}, {high}))"
         expect(draws.min() >= low - 1e-6 and draws.max() <= high + 1e-6, f"{of}: a draw is outside of [{low}, {high}]")
         expect(draws.unique().numel() > 1, f"{of}: all draws are equal; each must be random")
-        expect(draws.unique().numel() > 2500, f"{of}: many draws are equal; truncated is not clamped")
+        expect(draws.unique().numel() > 2500, f"{of}: many draws are equal; they must be neither clamped nor rounded")
         cdf = lambda value: 0.5 * (1 + math.erf((value - mean) / std / 2**0.5))
         for value in torch.linspace(low, high, 7)[1:-1].tolist():
             share, right = (draws < value).float().mean().item(), (cdf(value) - cdf(low)) / (cdf(high) - cdf(low))
@@ -280,6 +280,7 @@ def check_masking(theirs):
         for clip, of_clip in enumerate(by_frame[:, t].tolist()):
             expect(of_clip == 8, f"t = {t}: {of_clip} tokens of frame t are masked in clip {clip}; it must be 8")
         expect(masked.gather(1, places).all(), "a token that carries loss is not masked")
+        expect((places.sort(1).values.diff(dim=1) > 0).all(), "a place comes twice in a clip")
         expect(len(asked) == 1, f"`draw_mask_ratio` is called {len(asked)} times; one ratio is for all clips")
         expect(asked == [(0.8, 0.1, 0.6, 0.9)], f"`draw_mask_ratio` gets {asked[0]}; it must be the config's")
         sets = masked[:, t * n:(t + 1) * n]
@@ -301,6 +302,8 @@ def check_masking(theirs):
     expect((masked.sum(1) == 30).all() and masked.gather(1, places).all(),
            "total-mask: others are masked than carry loss")
     expect((masked != masked[:1]).any(), "total-mask: all clips have the same masked tokens")
+    expect(len(masked.view(64, frames, n).sum(2).unique()) > 2,
+           "total-mask: each frame has as many masked tokens; the whole clip is one set to draw from")
     expect(masked.any(0).all() and not masked.all(0).any(),
            "total-mask: a token is masked in all of 64 clips, or in none")
     again = twice(lambda: total.draw_masked(16, frames, n, 1)[0])
@@ -316,7 +319,7 @@ def check_masking(theirs):
 
 
 def check_attention(theirs):
-    q, k, v = torch.randn(3, 2, 3, 12, 16)
+    q, k, v = torch.randn(3, 2, 12, 3, 16).transpose(2, 3)  # strided as in Block
     plain = lambda q, k, v, mask: ((q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~mask, -math.inf).softmax(-1) @ v)
     everything = torch.ones(12, 12, dtype=torch.bool)
     ones = torch.ones(2, 3, 12, 16)
@@ -384,7 +387,7 @@ def check_rope(theirs):
         positions = 5 * torch.randn(20, 3)  # `look_beside` has negative ones
         same(f"{of}: angles", theirs.rope_angles(positions, dim, base, top),
              ours.rope_angles(positions, dim, base, top), 1e-3)
-    x, angles = torch.randn(2, 3, 5, 8), torch.randn(5, 4)
+    x, angles = torch.randn(2, 5, 3, 8).transpose(1, 2), torch.randn(5, 4)  # strided as in Block
     got = unchanged("rotate", theirs.rotate, x, angles.cos(), angles.sin())
     expect(got.shape == x.shape, f"rotate: the shape is {tuple(got.shape)}; it must be that of x, {tuple(x.shape)}")
     one = theirs.rotate(torch.eye(8)[None, None, :1], torch.zeros(1, 4), torch.ones(1, 4))[0, 0, 0]
@@ -403,7 +406,7 @@ def check_mlp(theirs):
     net, right = tiny(theirs).diffusion_mlp, tiny(ours).diffusion_mlp
     right.load_state_dict(net.state_dict(), strict=False)  # other parts of their model may draw more numbers
     x, z, timestep, seen = torch.randn(5, 4), torch.randn(5, 32), torch.randint(1000, (5,)), []
-    handle = net.time.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    handle = net.time[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     got, must = unchanged("forward", net, x, timestep, z), right(x, timestep, z)
     handle.remove()
     angles = timestep[:, None] * 10000 ** (-torch.arange(128) / 128)
@@ -497,6 +500,7 @@ def check_sample(theirs):
     same("for a single token", diffusion.sample(net, x[:1].clone(), z[:1], 0.0), right.sample(net, x[:1], z[:1], 0.0))
     got, must, told = both(z=z, temperature=0.0, guidance=3.0)
     expect(told[0][0] == 12, f"with guidance the net gets {told[0][0]} rows for 6 tokens; it must be 12, [x; x]")
+    expect(told[0][1].shape == (1,), "with guidance the net's timestep must still have the shape (1,)")
     same("with guidance 1, which is the caption's branch alone", both(z=z, temperature=0.0, guidance=1.0)[0],
          right.sample(net, x.clone(), z[:6], 0.0))
     same("with guidance 0, which is the null's branch for the noise", *both(z=z, temperature=0.0, guidance=0.0)[:2])
@@ -508,6 +512,8 @@ def check_sample(theirs):
     same("with guidance 3 at temperature 1.5, with x_0 clamped to 1",
          *both(z=z, temperature=1.5, guidance=3.0, clamp=1.0)[:2])
     fixed = torch.randn(12, 8).bfloat16()
+    same("with guidance 3 at temperature 1, where noise and v are random numbers",
+         *both(lambda x, timestep, z: fixed.float(), z, temperature=1.0, guidance=3.0)[:2])
     got, must, _ = both(lambda x, timestep, z: fixed, z, temperature=1.0, guidance=3.0)
     expect(got.dtype == torch.float32, f"of a net in bfloat16 it returns {got.dtype}; it must be float32")
     same("with guidance 3 of a net in bfloat16, computed in float32", got, must)
@@ -519,13 +525,15 @@ def check_sample(theirs):
 
 def check_loss(theirs):
     diffusion, right, tokens = theirs.Diffusion(1000, 10), ours.Diffusion(1000, 10), 400
-    x0, z, error = torch.randn(tokens, 4), torch.randn(tokens, 3, requires_grad=True), torch.randn(tokens, 4) / 2
+    x0, z, error = 2 * torch.randn(tokens, 4), torch.randn(tokens, 3, requires_grad=True), torch.randn(tokens, 4) / 2
     seen, noises = [], []
 
     def both(wrong_by, v, snr_clip=math.inf):
         """The loss of a net that tells the noise but for an error, and that of ours; both with the same draws."""
         def net(x, timestep, z):
             seen.append((timestep, z))
+            expect(timestep.shape == (tokens,), f"the net's timestep has shape {tuple(timestep.shape)}; it must be "
+                                                "a number for each token")
             i = (right.timesteps == timestep[:, None]).int().argmax(1)
             a, s = right.table[:2, i]
             noises.append((x - a * x0) / s)
@@ -582,25 +590,35 @@ def check_loss(theirs):
     same("the gradient of the predicted noise, from the first term alone", gradients[0][0],
          gradients[1][0])
     same("the gradient of v", gradients[0][1], gradients[1][1])
-    fixed, of_half = torch.randn(tokens, 8).bfloat16(), []
-    for one in (diffusion, right):
-        torch.manual_seed(2)
-        of_half.append(one.loss(lambda x, timestep, z: fixed, x0, z)[~first])
-    same("of a net in bfloat16, computed in float32", *of_half)
+    fixed = torch.randn(tokens, 8).bfloat16()
+    for told, out in (("where noise and v are random numbers", fixed.float()),
+                      ("of a net in bfloat16, computed in float32", fixed)):
+        results = []
+        for one in (diffusion, right):
+            torch.manual_seed(2)
+            results.append(one.loss(lambda x, timestep, z: out, x0, z))
+        same(told, *results)
 
 
 def check_forward(theirs):
     x, captions = torch.randn(16, 4, 3, 2, 4), [f"word {i}" for i in range(16)]
-    nulls, lengths, grids, losses, asked, devices, starts, masks = [], [], [], [], [], [], [], []
+    texts, nulls, lengths, grids, losses, asked, devices, starts, masks = [], [], [], [], [], [], [], [], []
 
     def watched(t=2, **changes):
         """A model of theirs that notes what its parts are given, and the right model with the same weights."""
         model, right = tiny(theirs, noise_draws=3, snr_clip=5.0, **changes), tiny(ours, noise_draws=3, **changes)
         generator = torch.Generator().manual_seed(5)
-        places = t * 6 + torch.rand(16, 6, generator=generator).argsort(1)[:, :4]
-        drawn = (torch.arange(24).expand(16, -1) >= (t + 1) * 6).scatter(1, places, True)
+        begin, end = (0, 24) if right.config.loss == "total-mask" else (t * 6, (t + 1) * 6)
+        places = begin + torch.rand(16, end - begin, generator=generator).argsort(1)[:, :4]
+        drawn = (torch.arange(24).expand(16, -1) >= end).scatter(1, places, True)
         read_text, hidden = right.read_text, right.hidden
-        model.read_text = lambda captions, null: nulls.append(null) or read_text(captions, null)
+
+        def watched_text(captions, null):
+            expect(null.dtype == torch.bool and null.shape == (16,),
+                   f"`self.read_text` gets a null of {null.dtype} {tuple(null.shape)}; it must be bool (batch,)")
+            texts.append(list(captions))
+            nulls.append(null)
+            return read_text(captions, null)
 
         def watched_hidden(x, masked, text, grid, *args, **named):
             lengths.append(x.shape[1])
@@ -610,24 +628,39 @@ def check_forward(theirs):
             return hidden(x, masked, text, grid, *args, **named)
 
         def draw_masked(batch, frames, n, t, device=None):
-            asked.append((batch, n, t))
+            asked.append((batch, frames, n, t))
             devices.append(device)
             return drawn[:, :frames * n], places
 
         def loss(net, x0, z, snr_clip=math.inf):
             losses.append((net, x0, z, snr_clip))
             return torch.arange(len(x0)) + 0 * z.sum()
-        model.hidden, model.draw_masked, model.diffusion.loss = watched_hidden, draw_masked, loss
+        model.read_text, model.hidden = watched_text, watched_hidden
+        model.draw_masked, model.diffusion.loss = draw_masked, loss
         model.words = [weights for name, weights in right.named_parameters() if name.startswith("text")]
         text = read_text(captions, torch.zeros(16, dtype=torch.bool))
         z = hidden(x.flatten(1, 3), drawn, text, (3, 2)).take_along_dim(places[..., None], 1)
         return model, x.flatten(1, 3).take_along_dim(places[..., None], 1).flatten(0, 1), z.flatten(0, 1)
 
+    def compare(of, x0, z):
+        """The last loss was of the tokens x0, each three times in whatever order, and of the states z beside them."""
+        _, targets, states, _ = losses[-1]
+        expect(targets.shape[1:] == (4,),
+               f"{of}`diffusion.loss` gets x0 of shape {tuple(targets.shape)}; it must be (tokens, C)")
+        expect(len(targets) == 3 * len(x0),
+               f"{of}{len(targets)} tokens get a loss; it must be 3 draws of {len(x0)} masked ones")
+        distance = (targets[:, None] - x0).abs().sum(-1)
+        expect(distance.min(1).values.max() < 1e-4, f"{of}a target is no token that carries loss")
+        which = distance.argmin(1)
+        expect((which.bincount(minlength=len(x0)) == 3).all(), f"{of}not every target is taken 3 times")
+        same(f"{of}the targets", targets, x0[which])
+        same(f"{of}the hidden state that goes with a target", states, z[which])
+
     model, x0, z = watched(text_drop=0.0)
     got = unchanged("forward", lambda x: model(x, captions, 2), x)
     expect(nulls and lengths, "`self.read_text` and `self.hidden` must be called")
-    expect(asked == [(16, 6, 2)],
-           f"batch, n and t of `self.draw_masked` are {asked}; it must be called once, with (16, 6, 2)")
+    expect(asked in ([(16, 4, 6, 2)], [(16, 3, 6, 2)]),  # all frames, or those that are not cut off
+           f"batch, frames, n and t of `self.draw_masked` are {asked}; it must be called once, with (16, 4, 6, 2)")
     expect(devices[0] is not None, "`self.draw_masked` must get the device of x")
     expect(lengths[-1] == 18,
            f"t = 2 of 4 frames of 6 tokens: {lengths[-1]} tokens are run; it must be 18, cut after t")
@@ -636,35 +669,29 @@ def check_forward(theirs):
     expect(starts[-1] == 0, f"`self.hidden` gets start = {starts[-1]}; x begins with frame 0")
     expect(torch.is_tensor(got), f"the result is of type {type(got).__name__}; it must be a tensor")
     expect(losses, "`self.diffusion.loss` is not called")
-    net, targets, states, snr_clip = losses[0]
+    net, targets, states, snr_clip = losses[-1]
     expect(len(losses) == 1 and net is model.diffusion_mlp, "`self.diffusion.loss` must be called once, with the MLP")
     expect(not nulls[0].any(), "with text_drop = 0 a caption is replaced by the null")
-    expect(targets.shape[1:] == (4,),
-           f"`diffusion.loss` gets x0 of shape {tuple(targets.shape)}; it must be (tokens, C)")
-    expect(len(targets) == 3 * len(x0),
-           f"{len(targets)} tokens get a loss; it must be 3 draws of {len(x0)} masked ones")
-    nearest = (targets[:, None] - x0).abs().sum(-1)
-    expect(nearest.min(1).values.max() < 1e-4, "a target is no token that carries loss")
-    which = nearest.argmin(1)
-    expect((which.bincount(minlength=len(x0)) == 3).all(), "not every target is taken 3 times")
-    same("the hidden state that goes with a target", states, z[which])
+    compare("", x0, z)
     expect(snr_clip == 5.0, f"`diffusion.loss` gets snr_clip = {snr_clip}; it must be the configuration's, 5.0")
     expect(states.requires_grad and got.requires_grad, "no gradient flows into the backbone")
     trains("the hidden states, by the weights that read the text", states * torch.randn_like(states), *model.words)
     same("the result, the mean of the losses", got, torch.arange(len(targets)).float().mean())
     for changes, t in (({"attention": "full"}, 2), ({"loss": "total-mask"}, 2), ({"loss": "total-mask"}, 3)):
         of = " ".join(changes.values())
-        model, _, z = watched(text_drop=0.0, **changes)
+        model, x0, z = watched(t, text_drop=0.0, **changes)
         model(x, captions, t)
+        expect(asked[-1] == (16, 4, 6, t), f"{of}: batch, frames, n and t of `self.draw_masked` are {asked[-1]}; "
+                                           f"they must be (16, 4, 6, {t})")
         expect(lengths[-1] == 24, f"{of}: {lengths[-1]} tokens are run; nothing may be cut (config.cuts)")
-        same(f"{of}, t = {t}: the hidden state that goes with a target", losses[-1][2], z[which])
+        compare(f"{of}, t = {t}: ", x0, z)
     for t, must in ((0, 6), (3, 24)):
         model, x0, z = watched(t, text_drop=0.0)
         model(x, captions, t)
+        expect(asked[-1][3] == t, f"t = {t}: `self.draw_masked` gets t = {asked[-1][3]}")
         expect(lengths[-1] == must, f"t = {t}: {lengths[-1]} tokens are run; it must be {must}, cut after t")
         expect(masks[-1], f"t = {t}: `self.hidden` gets another mask than `self.draw_masked` returned")
-        same(f"t = {t}: the targets", losses[-1][1], x0[which])
-        same(f"t = {t}: the hidden state that goes with a target", losses[-1][2], z[which])
+        compare(f"t = {t}: ", x0, z)
     nulls.clear()
     model = watched(text_drop=0.25)[0]
     for _ in range(40):
@@ -676,6 +703,8 @@ def check_forward(theirs):
     expect(0.15 < share.mean() < 0.35, f"text_drop = 0.25: {share.mean():.2f} of the captions are replaced by the null")
     expect((share.min(1).values < share.max(1).values).any(), "either all captions of a batch are replaced or none")
     expect(share.sum(1).unique().numel() > 1, "as many captions of each batch are replaced; draw for each by itself")
+    expect(all(told == texts[0] for told in texts) and captions == texts[0] == [f"word {i}" for i in range(16)],
+           "`self.read_text` must get all captions as they are, also those that the null replaces")
     nulls.clear()
     watched(0, text_drop=1.0)[0](x, captions, 0)
     expect(nulls[0].all(), "t = 0: with text_drop = 1 a caption is not replaced by the null")

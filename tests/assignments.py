@@ -181,7 +181,8 @@ def train_and_sample(source):
             with (scratch / "errors").open("w+") as errors:
                 if run_limited(command.split(), FILM_LIMIT, scratch, errors) != 0:
                     errors.seek(0)
-                    reason = (errors.read().strip() or "?").splitlines()[-1]
+                    lines = [line for line in errors.read().splitlines() if line.strip() and "%|" not in line]
+                    reason = lines[-1] if lines else "?"  # the last line that is no progress bar
                     raise Bad(f"{source}: {command} did not end well: {reason}")
         return [Image.open(scratch / name / "cat-strip.png").convert("RGB") for name in ("new", "shipped")]
 

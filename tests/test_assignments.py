@@ -93,7 +93,7 @@ WRONG = [
      "a frame after t is not wholly masked"),
     (4, "places = begin + torch.rand", "places = torch.rand", "a frame before t is masked"),
     (4, "return nn.init.trunc_normal_(torch.empty(1), mean, std, low, high).item()",
-     "return min(high, max(low, torch.normal(mean, std, (1,)).item()))", "truncated is not clamped"),
+     "return min(high, max(low, torch.normal(mean, std, (1,)).item()))", "neither clamped nor rounded"),
     (4, "mean, std, low, high).item()", "mean, std, low, high)", "returns a Tensor"),
     (4, "return nn.init.trunc_normal_(torch.empty(1), mean, std, low, high).item()",
      "return low + (high - low) * torch.rand(1).item()", "of the draws are below"),
@@ -246,9 +246,9 @@ WRONG = [
     (10, "(t + 1) * n if config.cuts else frames * n",
      '(t + 1) * n if config.attention == "causal" else frames * n', "total-mask: 18 tokens"),
     (10, "self.draw_masked(batch, frames, n, t, x.device)", "self.draw_masked(batch, n, frames, t, x.device)",
-     "are [(16, 4, 2)]"),
+     "are [(16, 6, 4, 2)]"),
     (10, "self.draw_masked(batch, frames, n, t, x.device)", "self.draw_masked(batch, frames, n, t + 1, x.device)",
-     "are [(16, 6, 3)]"),
+     "are [(16, 4, 6, 3)]"),
     (10, "self.diffusion.loss(self.diffusion_mlp, x0, z, config.snr_clip).mean()",
      "(self.diffusion_mlp(x0, torch.zeros(len(z)), z)[:, :4] - x0).pow(2).mean()", "is not called"),
     (10, ", config.snr_clip).mean()", ").mean()", "snr_clip"),
@@ -346,7 +346,7 @@ WRONG = [
     (10, "text, grid)", "text, (int(n ** 0.5), n // int(n ** 0.5)))",
      "the grid (2, 3); it must be"),
     (10, "places[..., None], 1).float()", "(places if t else places + n)[..., None], 1).float()",
-     "t = 0: the targets: at"),
+     "t = 0: a target is no token"),
     (10, "places[..., None], 1).float()", "places[..., None], 1).double()", "the targets: it is of torch.float64"),
     (10, "x0 = target.flatten", "x[masked] = 0\n        x0 = target.flatten", "forward changes a tensor"),
     (10, "text = self.read_text(captions, torch.rand(batch, device=x.device) < config.text_drop)",
@@ -356,6 +356,57 @@ WRONG = [
      "None\n        states, mask = self.text(captions)\n"
      "        text = [block.text_keys_values(self.text_in(states)) for block in self.blocks], mask[:, None, None]",
      "`self.read_text` and `self.hidden` must be called"),
+    (2, "return keys[:, :, :end], values[:, :, :end]", "return keys[:, :, :end]", "two tensors, keys and values"),
+    # What Block gives comes from `rearrange`: a view of it as other axes fails.
+    (2, "keys[:, :, self.length:end] = k",
+     "keys.view(-1, *keys.shape[2:])[:, self.length:end] = k.view(-1, *k.shape[2:])", "in update, line"),
+    (3, "return c0 * x0 + cx * x,", "return c0 * x0.clamp(-4, 4) + cx * x,", "posterior's mean with step 7: at"),
+    (3, "return a * x0 + s * noise", "return a * x0.clamp(-4, 4) + s * noise", "q_sample in step 0"),
+    (4, "places = begin + torch.rand(batch, end - begin, device=device).argsort(1)[:, :count]",
+     "k = frames if begin + end == frames * n else 1\n"
+     "        order = torch.rand(batch, k, (end - begin) // k).argsort(2) + torch.arange(k)[:, None] * n\n"
+     "        places = begin + order.transpose(1, 2).flatten(1)[:, :count]", "each frame has as many masked tokens"),
+    (4, "return masked.scatter(1, places, True), places",
+     "places = places.sort(1).values\n        places[:, 1] = places[:, 0]\n"
+     "        return masked.scatter(1, places, True), places", "7 tokens of frame t are masked"),
+    (4, "return masked.scatter(1, places, True), places",
+     "masked = masked.scatter(1, places, True)\n        places[:, 1] = places[:, 0]\n        return masked, places",
+     "a place comes twice"),
+    (5, "scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)",
+     "b, h, l, d = q.shape\n    scores = torch.bmm(q.view(b * h, l, d), k.reshape(b * h, -1, d).mT).view(b, h, l, -1) "
+     "/ d ** 0.5", "in attend, line"),
+    (6, "a, b = x.chunk(2, -1)\n    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)",
+     "a, b = x.view(-1, *x.shape[2:]).chunk(2, -1)\n"
+     "    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).view(x.shape)", "in rotate, line"),
+    (8, "self.timesteps[i, None], z).float()",
+     "self.timesteps[i, None].expand(len(z) if len(z) > len(x) else 1), z).float()",
+     "the net's timestep must still have the shape (1,)"),
+    (8, "eps, v = out[:len(x)].chunk(2, -1)",
+     "eps, v = out[:len(x)].chunk(2, -1)\n            v = v if guidance is None else v.clamp(-1, 1)",
+     "where noise and v are random numbers"),
+    (9, "kl, nll = kl_divergence(q, p), -p.log_prob(x0)",
+
+     "kl = kl_divergence(q, p)\n        nll = -Normal(mean, p.scale.mean(-1, keepdim=True)).log_prob(x0)",
+     "where noise and v are random numbers"),
+    (9, "x = self.q_sample(x0, i, noise)", "x = self.q_sample(x0, i, noise).clamp(-4, 4)",
+     "the noise in x_i, drawn next"),
+    (9, "self.timesteps[i], z)", "self.timesteps[i][:, None], z)", "the net's timestep has shape (400, 1)"),
+    (10, "target = x.take_along_dim(places[..., None], 1).float()",
+     "target = x[:, t * n:(t + 1) * n].take_along_dim((places % n)[..., None], 1).float()",
+     "total-mask, t = 2: a target is no token"),
+    (10, "self.draw_masked(batch, frames, n, t, x.device)", "self.draw_masked(batch, x.shape[1], n, t, x.device)",
+     "[(16, 24, 6, 2)]; it must be called once"),
+    (10, "self.draw_masked(batch, frames, n, t, x.device)", "self.draw_masked(batch, frames, n, max(t, 1), x.device)",
+     "t = 0: `self.draw_masked` gets t = 1"),
+    (10, "self.draw_masked(batch, frames, n, t, x.device)",
+     "self.draw_masked(batch, frames if config.cuts else x.shape[1], n, t, x.device)",
+     "they must be (16, 4, 6, 2)"),
+    (10, "text = self.read_text(captions, torch.rand(batch, device=x.device) < config.text_drop)",
+     "null = torch.rand(batch) < config.text_drop\n"
+     "        captions = ['' if no else caption for no, caption in zip(null, captions)]\n"
+     "        text = self.read_text(captions, null)", "must get all captions as they are"),
+    (10, "torch.rand(batch, device=x.device) < config.text_drop",
+     "torch.bernoulli(torch.full((batch,), config.text_drop))", "a null of torch.float32"),
 ]
 # The same, of right answers.
 RIGHT = [
@@ -537,6 +588,17 @@ def test_a_film_that_fails_hurts_no_other(folder, monkeypatch, capsys):
     monkeypatch.setattr(assignments, "make_film", lambda folder: (_ for _ in ()).throw(Bad(f"{folder}: broken")))
     assignments.grade([Path("ann"), Path("bob")], 60, None, True)
     assert capsys.readouterr().out.count("no film") == 2
+
+
+def test_the_reason_for_no_film_is_the_error_and_no_progress_bar(folder, monkeypatch):
+    def fails(command, seconds, cwd, errors):
+        errors.write("RuntimeError: why\n\r  0%|          | 0/100 [00:00<?, ?it/s]")
+        return 1
+
+    monkeypatch.setattr(assignments, "run_limited", fails)
+    (folder / "videomar.py").write_text(SOURCE)
+    with pytest.raises(Bad, match="did not end well: RuntimeError: why$"):
+        assignments.train_and_sample(folder / "videomar.py")
 
 
 def test_the_readme_sets_them():
