@@ -167,7 +167,7 @@ class Source:
 
 
 class Folder(Source):
-    """Videos and animations below a folder, captions beside them. What cannot be used is skipped, with one warning.
+    """Videos and animations below a folder, captions beside them. What cannot be used is skipped, with a warning.
 
     out: a folder below it whose contents are no clips. Raises Bad.
     """
@@ -219,7 +219,7 @@ def outlast(worker):
 
 
 def read_ahead(function, items, workers):
-    """function(item) for each item of a sequence, in order; so many processes compute the next ones meanwhile."""
+    """function(item) for each item of a sequence, in order, while so many worker processes compute the next ones."""
     # With batch size None the loader calls collate_fn on each item, in a worker.
     return DataLoader(items, None, collate_fn=function, num_workers=workers, worker_init_fn=outlast,
                       prefetch_factor=1 if workers else None)

@@ -392,7 +392,7 @@ def test_processes_draw_the_same_clips_side_by_side():
         assert (clips == clips2).all() and captions == captions2
 
 
-def test_training_on_clips_is_exact_for_any_threads_and_resumes(folder, monkeypatch, tiny_files, capsys):
+def test_training_on_clips_is_exact_for_any_workers_and_resumes(folder, monkeypatch, tiny_files, capsys):
     fill(folder / "clips")
     args = ["--data", "clips", "--size", "16x24", "--frames", "5,9", "--batch", 2, "--dtype", "float32",
             "--device", "cpu", "--tokenizer", tiny_files / "tokenizer.pt", "--steps", 3, "--save-every", 2]

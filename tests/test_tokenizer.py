@@ -419,7 +419,8 @@ def test_a_sprite_that_changes_its_motion():
     assert np.allclose(x1[8:], x[8]) and np.allclose(np.diff(y1[8:12]), -0.03)
     spins = replace(plain, motion="spins", then=(4, "grows"))
     *_, r, angle = world.path(spins, 9, 64, 64)
-    assert np.allclose(angle[4:], angle[4]) and angle[4] > 0 and r[8] > r[4] == plain.r
+    assert np.allclose(angle[:5], np.arange(5) * np.pi / 30) and np.allclose(angle[4:], angle[4])
+    assert r[8] > r[4] == plain.r
     grown = replace(plain, motion="grows", then=(8, "moves up slowly"))
     assert np.allclose(world.path(grown, 20, 64, 64)[2][8:], 0.15 * 1.2)
     for seed in range(10):
@@ -566,7 +567,7 @@ def test_the_files_of_the_world(folder):
     assert done.returncode == 0, done.stderr
     for seed in range(4):
         gif = Image.open(folder / f"out/world/{seed}.gif")
-        assert gif.n_frames == 49 and gif.size == (256, 256)
+        assert gif.n_frames == 49 and gif.size == (256, 256) and gif.info["duration"] == 80  # ms, 12 a second
         assert (folder / f"out/world/{seed}.txt").read_text().strip() == world.clip(seed, 1, 256, 256)[1]
 
 
