@@ -72,10 +72,10 @@ def generate(model, given, captions, frames, sampling, use_cache=True, then=None
     cache = Cache(config, batch * branches, frames * n, device, text[0][0].dtype) if use_cache and causal else None
 
     def hidden(begin, end):
-        """Runs frames begin to end - 1 -> hidden states of their tokens (branches * batch, tokens, dim)."""
+        """Runs frames begin to end - 1 -> hidden states of their tokens (branches, batch, tokens, dim)."""
         part = slice(begin * n, end * n)
         x_part, masked_part = x[:, part].repeat(branches, 1, 1), masked[:, part].repeat(branches, 1)
-        return model.hidden(x_part, masked_part, text, grid, begin, cache)
+        return model.hidden(x_part, masked_part, text, grid, begin, cache).unflatten(0, (branches, batch))
 
     # One frame after the other; a model of the total-mask loss fills all of them as one large picture.
     groups = [(t, t + 1) for t in range(n_given, frames)] if next_frame else [(n_given, frames)]
@@ -96,8 +96,7 @@ def generate(model, given, captions, frames, sampling, use_cache=True, then=None
         stop = end if causal else frames  # full attention reads the later [MASK]s, too
         steps = tqdm(order.split(counts, 1), "steps", leave=False, disable=None)
         for step, chosen in enumerate(steps, 1):
-            index = (chosen - first * n).repeat(branches, 1)[..., None]  # in the frames that are run
-            z = hidden(first, stop).take_along_dim(index, 1).flatten(0, 1)  # (branches * batch * count, dim)
+            z = hidden(first, stop)[:, rows, chosen - first * n].flatten(0, 2)  # (branches * batch * count, dim)
             guidance = guidance_at(now, sum(counts[:step]) / len(places)) if branches == 2 else None
             noise = torch.randn(chosen.numel(), channels, device=device)
             tokens = diffusion.sample(model.diffusion_mlp, noise, z, now.temperature, guidance, now.clamp)
