@@ -13,7 +13,7 @@ import torch
 from einops import reduce
 from tqdm import tqdm
 
-from data.files import DATA, Bad, Parser, check_writable, choose_hardware, load, number, run, sizes
+from data.files import DATA, Bad, Parser, check_writable, choose_hardware, load, number, ranks, run, sizes
 from data.video import (caption_of, check_out, draw_step, enlarge, find, read_clip, to_float, to_uint8, write_strip,
                         write_video)
 from tokenizer import check_size, check_tokens, open_text, open_tokenizer
@@ -78,8 +78,9 @@ def generate(model, given, captions, frames, sampling, use_cache=True, then=None
         return model.hidden(x_part, masked_part, text, grid, begin, cache).unflatten(0, (branches, batch))
 
     # One frame after the other; a model of the total-mask loss fills all of them as one large picture.
+    quiet = ranks()[0] > 0 or None  # None: a bar is shown where there is a terminal
     groups = [(t, t + 1) for t in range(n_given, frames)] if next_frame else [(n_given, frames)]
-    for begin, end in tqdm(groups, "latent frames", leave=False, disable=None):
+    for begin, end in tqdm(groups, "latent frames", leave=False, disable=quiet):
         if cache is not None and cache.length < begin * n:  # store keys and values of finished frames
             hidden(cache.length // n, begin)
             cache.length = begin * n
@@ -94,7 +95,7 @@ def generate(model, given, captions, frames, sampling, use_cache=True, then=None
         counts = unmask_counts(len(places), now.unmask_steps * (end - begin))
         first = 0 if cache is None else begin  # earlier frames are in the cache
         stop = end if causal else frames  # full attention reads the later [MASK]s, too
-        steps = tqdm(order.split(counts, 1), "steps", leave=False, disable=None)
+        steps = tqdm(order.split(counts, 1), "steps", leave=False, disable=quiet)
         for step, chosen in enumerate(steps, 1):
             z = hidden(first, stop)[:, rows, chosen - first * n].flatten(0, 2)  # (branches * batch * count, dim)
             guidance = guidance_at(now, sum(counts[:step]) / len(places)) if branches == 2 else None

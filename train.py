@@ -277,7 +277,7 @@ def main():
     optimisers = make_optimisers(model, a.optimiser, a.lr)
     step, seconds, total = 0, 0.0, sum(a.steps)
     if a.resume:
-        step, seconds = checkpoint["step"], checkpoint["seconds"]
+        step, seconds = checkpoint["step"], checkpoint.get("seconds", 0.0)
         model.load_state_dict(checkpoint["model"])  # until here both models had the averaged weights
         for optimiser, state in zip(optimisers, checkpoint["optimisers"]):
             optimiser.load_state_dict(state)
@@ -291,7 +291,7 @@ def main():
     # ------------------------------------------------------------------------------------------------------- loop
     signals = []
     for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, lambda *_: signals.append(kind))
+        signal.signal(kind, lambda *_: signals.append(True))
     if rank == 0:
         lock_file = lock(a.out)  # noqa: F841, an open file keeps the lock
         if not a.resume and (a.out / "ckpt.pt").exists():  # a log alone is of a run that saved nothing
@@ -305,12 +305,16 @@ def main():
         print(f"stages     frames {a.frames}, steps {a.steps}; checkpoints and film strips in {a.out}", flush=True)
     schedule = make_schedule(a, tokenizer.stride[0])
     batch_of = partial(get_batch, a, source, model.config, tokenizer.stride[0], schedule)
-    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = 0 if device.type == "cpu" else min(16, cores)  # on a CPU a step took a fifth longer with them
+    if not source.processes:
+        workers = 4  # threads: reading files waits for the disk
+    elif device.type == "cpu":
+        workers = 0  # the cores are busy: a step took a fifth longer with the drawing beside it
+    else:
+        workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     bar = tqdm(total=total, initial=step, disable=rank > 0, smoothing=0.05, mininterval=1)
     tick = time.time()
     start = tick - seconds
-    for batch in read_ahead(batch_of, range(step, total), workers):
+    for batch in read_ahead(batch_of, range(step, total), workers, source.processes):
         stage, t = schedule[step]
         lr = get_lr(a, step)
         for optimiser, factor in zip(optimisers, (1, MUON_LR)):
@@ -367,6 +371,8 @@ def main():
         dist.barrier()  # torchrun ends all ranks soon after the first one that stops
         dist.destroy_process_group()
     if rank == 0:
+        if source.skipped:
+            print(f"skipped {len(source.skipped)} files of --data that could not be used")
         if step < total:
             print(f"stopped after step {step}; go on with: python train.py --resume --out {a.out}{tokenizer.hint}")
         else:

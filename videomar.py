@@ -206,7 +206,7 @@ class Block(nn.Module):
         """x (batch, frames * n, dim) -> the same shape.
 
         rotation: cosines and sines of `rope_angles`; text: from `text_keys_values`; text_mask (batch, 1, 1, word): True
-        at words; n: tokens of a frame; cache: of earlier frames.
+        at words; n: tokens that see each other, a frame's; cache: of earlier frames.
         """
         q, k, v = rearrange(self.qkv(self.norm1(x)), "b l (three h d) -> three b h l d", three=3, h=self.heads)
         q, k = rotate(q, *rotation), rotate(k, *rotation)

@@ -30,8 +30,7 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except Bad as e:
-        # A process that reads ahead puts its traceback before the line. e itself would keep these processes.
-        line = str(e).split("Bad: ")[-1].strip()
+        line = str(e)  # e would keep main's variables, and the processes that draw, until Python ends
     except OSError as e:
         line = f"{e.filename2 or e.filename or 'output'}: {e.strerror or e}"
     except (MemoryError, RuntimeError) as e:

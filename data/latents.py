@@ -48,9 +48,9 @@ class Latents(Source):
         settings, self.packed = content["settings"], content["tokenizer"]
         files = sorted(folder.glob("clip-*.pt"))
         self.clips = [file for file in files if file.stat().st_size]
-        if len(files) != settings["clips"] or not self.clips:
+        if len(files) != settings.get("clips") or not self.clips:
             raise Bad(f"{folder}: {len(self.clips)} clips in {len(files)} files, of which there should be "
-                      f"{settings['clips']}; run tokenizer.py --encode again")
+                      f"{settings.get('clips')}; run tokenizer.py --encode again")
         self.size, self.frames, self.fps = settings["size"], settings["frames"], settings["fps"]
         self.files = settings
         self.about = f"{folder}: {len(self.clips)} clips of latents, {self.frames} frames {self.size[0]}x{self.size[1]}"
@@ -59,7 +59,11 @@ class Latents(Source):
         """The latents of a clip, float32 (T, h, w, C), and its caption."""
         if size != self.size or (length or frames) > self.frames:
             raise Bad(f"{self.about}; give --frames {self.frames} or fewer, and leave --size out")
-        clip = load(self.clips[np.random.default_rng((seed, 1)).integers(len(self.clips))], "clip")
+        file = self.clips[np.random.default_rng((seed, 1)).integers(len(self.clips))]
+        try:
+            clip = load(file, "clip")
+        except Bad as e:
+            raise Bad(f"{e}; remove it, and run tokenizer.py --encode again") from None
         latent_frames = 1 + (frames - 1) // self.packed["stride"][0]
         return clip["latents"][:latent_frames].float().numpy(), clip["caption"]
 

@@ -4,12 +4,14 @@ Pillow reads what it can; .mp4, .webm, .mov and .mkv go through av (pip install 
 """
 import errno
 import math
+import os
 import signal
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
-from glob import glob
+from itertools import islice
 from os.path import realpath
 from pathlib import Path
 
@@ -152,6 +154,8 @@ class Source:
 
     about = ""  # a line for the log
     files = None  # equal if --resume finds the same files
+    skipped = set()  # files that could not be used
+    processes = False  # whether `read_ahead` takes processes
     packed, size = None, None  # of latents: their tokenizer, and the size of the clips that they are of
     fps = None  # pictures a second that were taken from the clips; None: all
     sampling, training = {}, {"noise": 0.0, "frame0": 0.0}  # defaults of train.py for this source
@@ -166,8 +170,20 @@ class Source:
         return self.batch(range(2**62, 2**62 + count), frames, size)
 
 
+def files_below(folder):
+    """Yields the paths of files below a folder, also in linked folders, but each folder once; no hidden ones."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if realpath(place) in seen:  # a link may lead back
+            folders.clear()
+            continue
+        seen.add(realpath(place))
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        yield from (Path(place, name) for name in sorted(names) if name[0] != ".")
+
+
 class Folder(Source):
-    """Videos and animations below a folder, captions beside them. What cannot be used is skipped, with a warning.
+    """Videos and animations below a folder, captions beside them. What cannot be used is skipped, with one warning.
 
     out: a folder below it whose contents are no clips. Raises Bad.
     """
@@ -179,12 +195,11 @@ class Folder(Source):
         root, outputs = folder.resolve(), out and out.resolve()
         if outputs in (root, *root.parents):  # all clips lie in it
             outputs = None
-        for name in sorted(glob("**/*", root_dir=root, recursive=True)):  # follows links; no hidden files
-            path = root / name
+        for path in files_below(root):
             if path.suffix.lower() in VIDEOS + ANIMATIONS and outputs not in path.parents:
                 caption, size = caption_of(path), path.exists() and path.stat().st_size
                 self.clips.append((path, caption))
-                listing.append((name, caption, size))
+                listing.append((str(path.relative_to(root)), caption, size))
         if not self.clips:
             raise Bad(f"{folder}: no clips in it; looked for {', '.join(VIDEOS + ANIMATIONS)}")
         if any(path.suffix.lower() in VIDEOS for path, _ in self.clips):
@@ -218,11 +233,27 @@ def outlast(worker):
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
 
 
-def read_ahead(function, items, workers):
-    """function(item) for each item of a sequence, in order, while so many worker processes compute the next ones."""
-    # With batch size None the loader calls collate_fn on each item, in a worker.
-    return DataLoader(items, None, collate_fn=function, num_workers=workers, worker_init_fn=outlast,
-                      prefetch_factor=1 if workers else None)
+def read_ahead(function, items, workers, processes=False):
+    """Yields function(item) for each item of a sequence, in order, while workers compute the next ones.
+
+    workers: how many threads, or processes; with 0 all is computed in turn. Threads do for reading files, which waits;
+    drawing keeps Python busy.
+    """
+    if not workers:
+        yield from map(function, items)
+        return
+    if processes:
+        # With batch size None the loader calls collate_fn on each item, in a worker.
+        yield from DataLoader(items, None, collate_fn=function, num_workers=workers, prefetch_factor=1,
+                              worker_init_fn=outlast)
+        return
+    items = iter(items)
+    with ThreadPoolExecutor(workers) as pool:
+        ahead = [pool.submit(function, item) for item in islice(items, workers)]
+        while ahead:
+            result = ahead.pop(0).result()
+            ahead += [pool.submit(function, item) for item in islice(items, 1)]
+            yield result
 
 
 # -------------------------------------------------------------------------------------------- pixels and writing

@@ -176,7 +176,7 @@ def clip(seed, frames=25, height=64, width=64, held_out=False, change_until=0):
 class World(Source):
     """The drawn world as training reads it. Picture and caption allow one future: temperature 0 draws the likeliest."""
 
-    about = "drawn world"
+    about, processes = "drawn world", True
     sampling = {"cfg": 1.5, "temperature": 0.0}
     training = {"noise": 0.15, "frame0": 0.05}
 

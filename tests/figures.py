@@ -272,11 +272,11 @@ def losses(run, window=20):
 def training(path):
     """The loss of what ships, of the default run, and of the second resolution from nothing: data/videomar.csv."""
     page, ys = Page(840, 330), ["0.01", "0.02", "0.05", "0.1", "0.2", "0.5"]
-    place = page.axes(60, 55, 310, 210, ["0", "3", "6", "9", "12"], ys, "loss, t > 0, at 64x64", "minutes", math.log)
+    place = page.axes(60, 55, 310, 210, ["0", "6", "12", "18", "24"], ys, "loss, t > 0, at 64x64", "minutes", math.log)
     for key, name, colour, y in (("default", "default, two cores", ORANGE, 0.12), ("9", "shipped, H100", BLUE, 0.18)):
         _, loss, seconds = losses(key)
         page.curve(place, seconds / 60, loss, colour, dots=False)
-        page.text(*place(4, y), name, colour)
+        page.text(*place(8, y), name, colour)
     xs = ["0", "30", "60", "90", "120", "150"]
     place = page.axes(470, 55, 340, 210, xs, ys, "loss, t > 0, at 128x128", "clips, thousands", math.log)
     for key, batch, name, colour, y in (("12", 32, "from nothing", ORANGE, 0.12), ("11", 32, "from 64x64", BLUE, 0.18)):
