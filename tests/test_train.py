@@ -157,6 +157,7 @@ def test_schedule():
     assert train.make_schedule(a, 4) != schedule
     a.frame0 = 0.0
     assert all(t > 0 for _, t in train.make_schedule(a, 4))
+    assert {t for _, t in train.make_schedule(a, 1)[:100]} == {1, 2, 3, 4}  # a tokenizer of temporal stride 1
 
 
 def test_what_a_batch_is_asked_for(monkeypatch):
