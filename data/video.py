@@ -189,7 +189,7 @@ class Folder(Source):
     """
 
     def __init__(self, folder, fps=None, out=None):
-        self.folder, self.fps, self.skipped, self.clips, listing = folder, fps, set(), [], []
+        self.folder, self.fps, self.skipped, self.clips = folder, fps, set(), []
         if not folder.is_dir():
             raise Bad(f"{folder}: no such folder; give one with clips, or one written by tokenizer.py --encode")
         root, outputs = folder.resolve(), out and out.resolve()
@@ -197,13 +197,13 @@ class Folder(Source):
             outputs = None
         for path in files_below(root):
             if path.suffix.lower() in VIDEOS + ANIMATIONS and outputs not in path.parents:
-                caption, size = caption_of(path), path.exists() and path.stat().st_size
-                self.clips.append((path, caption))
-                listing.append((str(path.relative_to(root)), caption, size))
+                self.clips.append((path, caption_of(path)))
         if not self.clips:
             raise Bad(f"{folder}: no clips in it; looked for {', '.join(VIDEOS + ANIMATIONS)}")
         if any(path.suffix.lower() in VIDEOS for path, _ in self.clips):
             need("av", f"--data {folder}")
+        listing = [(str(path.relative_to(root)), caption, path.exists() and path.stat().st_size)
+                   for path, caption in self.clips]
         self.files = zlib.crc32(repr(listing).encode(errors="replace"))
         captioned = sum(bool(caption) for _, caption in self.clips)
         self.about = f"{folder}: {len(self.clips)} clips, {captioned} captions"
