@@ -63,7 +63,7 @@ def generate(model, given, captions, frames, sampling, use_cache=True, then=None
     masked = (~known).repeat(batch, 1)
     rows = torch.arange(batch, device=device)[:, None]
 
-    # Guidance, which a frame 0 made anew always has, doubles the batch: the captions, and behind them the nulls.
+    # With guidance the batch is doubled: captions first, then nulls. A frame 0 that is made anew always has guidance.
     branches = 1 if sampling.cfg == 1 and n_given else 2
     null = torch.arange(batch * branches, device=device) >= batch
     text = model.read_text(captions * branches, null)
@@ -84,7 +84,7 @@ def generate(model, given, captions, frames, sampling, use_cache=True, then=None
         if cache is not None and cache.length < begin * n:  # store keys and values of finished frames
             hidden(cache.length // n, begin)
             cache.length = begin * n
-        if then and begin in then:  # from here on: the keys stored above have read the prompt before
+        if then and begin in then:  # only now: the keys stored above have read the earlier prompt
             text = model.read_text(then[begin] * branches, null)
         if next_frame:
             now = frame_sampling(sampling, begin, n_given)
@@ -180,7 +180,7 @@ def options_parser():
     add = parser.add_argument
     add("--prompt", help="what happens (the text in NAME.txt beside the picture)")
     add("--then", nargs=2, action="append", default=[], metavar=("FRAME", "PROMPT"),
-        help="another prompt from the latent frame on that holds this pixel frame (none)")
+        help="another prompt, from the latent frame that holds this pixel frame (none)")
     add("--n", type=number(int, 1, 1000), default=1, help="clips, made in one batch (1)")
     add("--out", type=Path, help=".gif, .webp, .png (animated) or .mp4, which needs av (out/NAME.gif)")
     add("--watch", action="store_true", help="also NAME-watch.gif: the first clip after each unmasking step (off)")
@@ -270,6 +270,7 @@ def main():
     then = later_prompts(a, given_frames, frames, stride, model.config)
 
     watched_steps = []
+    watch = (lambda *step: watched_steps.append(draw_step(tokenizer, *step))) if a.watch else None
     start = time.time()
     with autocast:
         if n_given:
@@ -279,8 +280,7 @@ def main():
             pixels = torch.zeros(1, *size, 3)  # for the shape of its tokens
         given = tokenizer.encode(to_float(pixels[None].to(device)))[:, :n_given].repeat_interleave(a.n, 0)
         latents = generate(model, given, [prompt] * a.n, latent_frames, sampling, use_cache=not a.no_cache, then=then,
-                           keep=keep,
-                           watch=(lambda *step: watched_steps.append(draw_step(tokenizer, *step))) if a.watch else None)
+                           keep=keep, watch=watch)
         clips = [enlarge(to_uint8(video)) for video in tokenizer.decode(latents)]  # the copy ends after all GPU work
     seconds = time.time() - start
     for path, clip in zip(paths, clips):

@@ -340,7 +340,7 @@ def encode(a, device):
     source = Folder(a.encode, a.fps)
     print(source.about, flush=True)
     write_latents(source, a.out, tokenizer, a.frames, a.size, device)
-    fits = 4 % tokenizer.stride[0] == 0 and a.frames >= 25  # train.py's own 5, 13 and 25 frames
+    fits = 4 % tokenizer.stride[0] == 0 and a.frames >= 25  # so do train.py's own: 1 + 4, 1 + 12, 1 + 24
     frames = "" if fits else f" --frames {a.frames}"
     print(f"wrote {a.out}; skipped {len(source.skipped)} files; "
           f"python train.py --data {a.out}{tokenizer.hint}{frames} trains on these latents")

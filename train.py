@@ -157,12 +157,12 @@ def get_batch(a, source, config, stride, schedule, step):
     stage, t = schedule[step]
     frames = 1 + t * stride if config.cuts else a.frames[stage]
     change_until = (t - 1) * stride if a.frame0 and config.loss == "next-frame" else 0
-    size = a.batch // a.parts
+    count = a.batch // a.parts  # clips of a part
     rank, world_size = ranks()
     batch = []
     for part in range(rank, a.parts, world_size):
-        first = a.seed * 2**40 + step * a.batch + part * size  # below 2^62, where those of `held_out` begin
-        seeds = range(first, first + size)
+        first = a.seed * 2**40 + step * a.batch + part * count  # below 2^62, where those of `held_out` begin
+        seeds = range(first, first + count)
         clips, captions = source.batch(seeds, frames, a.size, length=a.frames[stage], change_until=change_until)
         batch.append((part, clips, captions))
     return batch
@@ -248,10 +248,10 @@ def save_checkpoints(a, step, seconds, model, ema, optimisers, tokenizer, sampli
     both = {"kind": "videomar", "step": step, "config": asdict(model.config),
             "sampling": asdict(sampling), "tokenizer": tokenizer.pack(), "text": model.text.name, "frames": a.frames,
             "size": a.size, "data": source.about, "files": source.files, "fps": source.fps, "options": options}
-    averaged, states = ema.state_dict(), [optimiser.state_dict() for optimiser in optimisers]
-    of_run = {"seconds": seconds, "model": model.state_dict(), "optimisers": states}
-    save({**both, "ema": averaged, **of_run}, a.out / "ckpt.pt")
-    save({**both, "ema": {name: value.half().cpu() for name, value in averaged.items()}}, a.out / "videomar.pt")
+    save({**both, "ema": ema.state_dict(), "seconds": seconds, "model": model.state_dict(),
+          "optimisers": [optimiser.state_dict() for optimiser in optimisers]}, a.out / "ckpt.pt")
+    half = {name: value.half().cpu() for name, value in ema.state_dict().items()}
+    save({**both, "ema": half}, a.out / "videomar.pt")
 
 
 def start_ranks(device):
@@ -326,21 +326,19 @@ def main():
             with autocast:
                 latents = to_tokens(clips.to(device), tokenizer)
                 # Noise on the tokens, as a VAE's samples have it (ours). No prediction can be finer than this noise.
-                # Without it still backgrounds, predicted ever more finely, would outweigh moving sprites.
+                # Without it, still backgrounds, predicted ever more finely, would outweigh moving sprites.
                 latents = latents + a.noise * torch.randn_like(latents)
                 part_loss = model(latents, captions, t) / a.parts
             part_loss.backward()
             loss += part_loss.detach()
-        stop = len(signals)
+        stop = torch.full((), len(signals), device=device)
         if world_size > 1:  # sums over all ranks: all have the same gradients, and stop after the same step
-            stops = torch.tensor(stop, device=device)
-            for tensor in (stops, loss, *(p.grad for p in model.parameters())):
+            for tensor in (stop, loss, *(p.grad for p in model.parameters())):
                 dist.all_reduce(tensor)
-            stop = stops.item()
         norm = nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
         for optimiser in optimisers:
             optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            optimiser.zero_grad()
         step += 1
         with torch.no_grad():  # the average spans the last thirtieth of the steps so far (ours), until EMA bounds it
             decay = min(EMA, 1 - 30 / (step + 30))

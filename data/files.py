@@ -141,8 +141,10 @@ def lock(folder):
     file = open(folder / ".lock", "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise Bad(f"--out {folder}: another run is writing there; give another folder, or wait for its end") from None
+    except OSError:  # a file system without locks
+        return
     return file
 
 

@@ -24,7 +24,7 @@ def write_latents(source, out, tokenizer, frames, size, device):
     if not tokenizer.measured:
         tokenizer.measure(to_float(source.batch(range(16), frames, size)[0].to(device)))
     if not (out / "latents.pt").exists():
-        if not any(source.read(i, frames, size, 0.5) for i in range(len(source.clips))):  # up to one that can be used
+        if not any(source.read(i, frames, size, 0.5) for i in range(len(source.clips))):  # stops at the first good one
             raise Bad(f"{source.folder}: none of its {len(source.clips)} clips can be used; see the warnings")
         save({"kind": "latents", "tokenizer": tokenizer.pack(), "settings": settings}, out / "latents.pt")
     if load(out / "latents.pt", "latents").get("settings") != settings:

@@ -83,7 +83,7 @@ def timeline(path, changed):
 
 
 def gif_duration(fps):
-    """How long a picture of a GIF lasts, in ms: it counts in 1/100 s, and programs show one of less than 2 slower."""
+    """How long a GIF shows a picture, in ms: steps of 10, and at least 20, as programs show shorter ones longer."""
     return 10 * max(2, round(100 / fps))
 
 
@@ -93,10 +93,10 @@ def pictures(path, frames, fps, place, length):
     lasting = np.diff(times)
     shown = np.arange(len(lasting))
     if path.suffix.lower() not in VIDEOS:  # equal neighbours are stored as one: the shortest picture tells the rate
-        shortest = lasting[:-1].min(initial=lasting.max())  # the last picture may be cut short
+        shortest = lasting[:-1].min(initial=lasting.max())  # the last picture may be cut short: it counts only if alone
         shown = shown.repeat(np.maximum(1, np.round(lasting / shortest)).astype(int))
         if fps and path.suffix.lower() == ".gif" and round(1000 * shortest) == gif_duration(fps):
-            fps = None  # nearer to this rate a GIF cannot be: its pictures are taken one by one
+            fps = None  # a GIF of this rate has these times: its pictures are taken one by one
     if fps:  # what is on the screen at these moments
         moments = times[0] + np.arange(round((times[-1] - times[0]) * fps)) / fps
         shown = np.searchsorted(times[:-1], moments + 6e-4, side="right") - 1  # a file's times are rounded to ms
@@ -189,15 +189,14 @@ class Folder(Source):
     """
 
     def __init__(self, folder, fps=None, out=None):
-        self.folder, self.fps, self.skipped, self.clips = folder, fps, set(), []
+        self.folder, self.fps, self.skipped = folder, fps, set()
         if not folder.is_dir():
             raise Bad(f"{folder}: no such folder; give one with clips, or one written by tokenizer.py --encode")
         root, outputs = folder.resolve(), out and out.resolve()
-        if outputs in (root, *root.parents):  # all clips lie in it
+        if outputs in (root, *root.parents):  # --out holds all clips: none of them is left out
             outputs = None
-        for path in files_below(root):
-            if path.suffix.lower() in VIDEOS + ANIMATIONS and outputs not in path.parents:
-                self.clips.append((path, caption_of(path)))
+        self.clips = [(path, caption_of(path)) for path in files_below(root)
+                      if path.suffix.lower() in VIDEOS + ANIMATIONS and outputs not in path.parents]
         if not self.clips:
             raise Bad(f"{folder}: no clips in it; looked for {', '.join(VIDEOS + ANIMATIONS)}")
         if any(path.suffix.lower() in VIDEOS for path, _ in self.clips):
@@ -241,19 +240,18 @@ def read_ahead(function, items, workers, processes=False):
     """
     if not workers:
         yield from map(function, items)
-        return
-    if processes:
+    elif processes:
         # With batch size None the loader calls collate_fn on each item, in a worker.
         yield from DataLoader(items, None, collate_fn=function, num_workers=workers, prefetch_factor=1,
                               worker_init_fn=outlast)
-        return
-    items = iter(items)
-    with ThreadPoolExecutor(workers) as pool:
-        ahead = [pool.submit(function, item) for item in islice(items, workers)]
-        while ahead:
-            result = ahead.pop(0).result()
-            ahead += [pool.submit(function, item) for item in islice(items, 1)]
-            yield result
+    else:
+        items = iter(items)
+        with ThreadPoolExecutor(workers) as pool:
+            ahead = [pool.submit(function, item) for item in islice(items, workers)]
+            while ahead:
+                result = ahead.pop(0).result()
+                ahead += [pool.submit(function, item) for item in islice(items, 1)]
+                yield result
 
 
 # -------------------------------------------------------------------------------------------- pixels and writing
@@ -286,7 +284,7 @@ def enlarge(clip):
 
 def write_strip(path, clips, every, rows=1):
     """A row for each clip (uint8 frames), of every `every`-th picture; white between groups of `rows` clips."""
-    strip = np.stack([np.hstack(clip[::every]) for clip in clips])  # (clip, H, W, 3)
+    strip = np.stack([np.hstack(clip[::every]) for clip in clips])  # (clip, H, pictures * W, 3)
     groups = strip.reshape(-1, rows * strip.shape[1], *strip.shape[2:])
     groups = np.pad(groups, ((0, 0), (0, 4), (0, 0), (0, 0)), constant_values=255)
     write(path, Image.fromarray(np.concatenate(groups)[:-4]).save)

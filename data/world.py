@@ -74,7 +74,7 @@ def _polygon(u, v, corners):
     """Signed distance to a convex polygon, corners clockwise on the screen: the farthest of its edges' half planes."""
     d = []
     for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1]):
-        ex, ey = (bx - ax, by - ay) / np.hypot(bx - ax, by - ay)
+        ex, ey = np.array([bx - ax, by - ay]) / np.hypot(bx - ax, by - ay)
         d.append((u - ax) * ey - (v - ay) * ex)
     return np.maximum.reduce(d)
 

@@ -1,4 +1,5 @@
 """The training loop: options and presets, resuming, being killed, several ranks, and all scripts on tiny settings."""
+import errno
 import os
 import random
 import re
@@ -566,6 +567,15 @@ time.sleep(100)
     other.wait()
     assert run_train(monkeypatch, *args, "--resume", "--steps", 2) == 0
     assert checkpoint("out/ckpt.pt")["step"] == 2
+
+
+def test_a_file_system_without_locks_takes_any_run(folder, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    files.lock(folder / "new" / "out")
+    assert (folder / "new" / "out").is_dir()
 
 
 def test_ctrl_c_saves_and_exits_with_130(folder, tiny_files):
