@@ -24,7 +24,7 @@ import train
 from data import world
 from data.files import Bad, save
 from data.latents import Latents, open_source, write_latents
-from data.video import Folder, psnr, read_ahead, read_clip, timeline, to_float, to_uint8, write_video
+from data.video import Folder, psnr, read_ahead, read_clip, timeline, to_float, to_uint8, write_strip, write_video
 
 HAS_AV = importlib.util.find_spec("av") is not None
 SIZE = (16, 24)
@@ -107,6 +107,15 @@ def test_pictures_are_made_smaller_by_their_means(folder):
     Image.fromarray(np.tile(np.array([0, 255], np.uint8), (64, 32))).save("stripes.png")  # of one pixel each
     small = read_clip(Path("stripes.png"), (16, 16)).astype(int)
     assert abs(small[:, 2:-2, 2:-2] - 127).max() < 20
+
+
+def test_a_strip_has_a_row_for_each_clip_and_white_between_groups(tmp_path):
+    clips = np.random.default_rng(0).integers(0, 256, (4, 9, 16, 24, 3), dtype=np.uint8)
+    write_strip(tmp_path / "strip.png", list(clips), 4, rows=2)
+    rows = [np.hstack([clip[0], clip[4], clip[8]]) for clip in clips]
+    white = np.full((4, 72, 3), 255, np.uint8)
+    want = np.concatenate([rows[0], rows[1], white, rows[2], rows[3]])
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "strip.png")), want)
 
 
 def test_captions_as_editors_write_them(folder):

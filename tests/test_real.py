@@ -194,13 +194,15 @@ def test_a_cosmos_is_known_by_its_encoder_and_its_decoder_must_fit(folder):
         Cosmos(one)
 
 
-def test_latents_of_cosmos_tell_how_to_train_on_them(folder, monkeypatch, capsys):
+@pytest.mark.parametrize("frames", [9, 25])
+def test_latents_of_cosmos_tell_how_to_train_on_them(folder, monkeypatch, capsys, frames):
     make_cosmos(folder / "cosmos")
-    write_video(folder / "clips/0.gif", world.clip(0, 9, 16, 16)[0], 12)
-    args = ["--encode", "clips", "--out", "latents", "--tokenizer", "cosmos", "--size", "16x16", "--frames", 9]
+    write_video(folder / "clips/0.gif", world.clip(0, frames, 16, 16)[0], 12)
+    args = ["--encode", "clips", "--out", "latents", "--tokenizer", "cosmos", "--size", "16x16", "--frames", frames]
     code, out, err = call(monkeypatch, capsys, *args, module=tokenizer)
     assert code == 0, err
     hint = re.search(r"python train.py (.*) trains on these latents", out)[1].split()
+    assert ("--frames" in hint) == (frames == 9)  # 25 are enough for train.py's own 5, 13 and 25
     assert run_train(monkeypatch, *hint, "--steps", 1, "--batch", 2, "--dtype", "float32") == 0
 
 
