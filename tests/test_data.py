@@ -379,7 +379,9 @@ def killed(seed):
 
 
 def test_processes_leave_signals_to_the_first_one():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     assert list(read_ahead(killed, range(4), 2, processes=True)) == [0, 1, 2, 3]
+    signal.signal(signal.SIGINT, before)
 
 
 def test_processes_draw_the_same_clips_side_by_side():
