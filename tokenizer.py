@@ -15,6 +15,7 @@ import re
 import zlib
 from functools import lru_cache
 from pathlib import Path
+from shlex import quote
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,8 @@ from einops.layers.torch import Rearrange
 from torch import nn
 from tqdm import tqdm
 
-from data.files import (DATA, Bad, Parser, check_writable, choose_hardware, load, lock, number, run, save, set_aside,
-                        sizes)
+from data.files import (DATA, Bad, Parser, check_writable, choose_hardware, load, lock, number, ranks, run, save,
+                        set_aside, sizes)
 from data.latents import open_source, write_latents
 from data.video import Folder, psnr, to_float
 
@@ -141,7 +142,7 @@ class Cosmos:
             self.encoder = torch.jit.load(folder / "encoder.jit", map_location=device).eval()
             self.decoder = torch.jit.load(folder / "decoder.jit", map_location=device).eval()
             self.crc = zlib.crc32((folder / "encoder.jit").read_bytes())
-            self.hint = f" --tokenizer {folder}"
+            self.hint = f" --tokenizer {quote(str(folder))}"
             # The published files are in bfloat16, in which a CPU lacks some operations: autocast knows which.
             self.bfloat16 = any(p.dtype == torch.bfloat16 for p in self.encoder.parameters())
             self.encoder.float()
@@ -331,19 +332,27 @@ def options_parser():
     return parser
 
 
+def frames_option(stride, frames):
+    """What train.py must be told if its own 5, 13 and 25 frames do not suit the stride, or clips of `frames` frames."""
+    return "" if 4 % stride[0] == 0 and frames >= 25 else f" --frames {frames}"
+
+
 def encode(a, device):
     """--encode: the latents of a folder of clips."""
     begun = a.out / "latents.pt"  # of a run that was stopped
     packed = load(begun, "latents")["tokenizer"] if begun.exists() else None
     tokenizer = open_tokenizer(a.tokenizer, packed, device, begun)
     check_size(tokenizer.stride, a.frames, *a.size)
+    if a.frames == 1:
+        raise Bad(f"--frames 1: {1 + tokenizer.stride[0]} are needed at least, for one latent frame more")
     source = Folder(a.encode, a.fps)
     print(source.about, flush=True)
     write_latents(source, a.out, tokenizer, a.frames, a.size, device)
-    fits = 4 % tokenizer.stride[0] == 0 and a.frames >= 25  # so do train.py's own: 1 + 4, 1 + 12, 1 + 24
-    frames = "" if fits else f" --frames {a.frames}"
-    print(f"wrote {a.out}; skipped {len(source.skipped)} files; "
-          f"python train.py --data {a.out}{tokenizer.hint}{frames} trains on these latents")
+    written = list(a.out.glob("clip-*.pt"))
+    if len(written) == len(source.clips):  # else other ranks are still at work
+        skipped = sum(file.stat().st_size == 0 for file in written)
+        options = quote(str(a.out)) + tokenizer.hint + frames_option(tokenizer.stride, a.frames)
+        print(f"wrote {a.out}; skipped {skipped} files; python train.py --data {options} trains on these latents")
 
 
 def main():
@@ -352,6 +361,8 @@ def main():
         raise Bad(f"--tokenizer {a.tokenizer}: a Cosmos-Tokenizer is not trained here; give it with --encode")
     if (a.tokenizer or a.encode) and (a.stride or a.width):
         raise Bad("--stride, --width: they are those of the tokenizer that is there; leave them out")
+    if not a.encode and ranks()[1] > 1:
+        raise Bad("one process trains a tokenizer; leave out torchrun, or give --encode")
     device, _, autocast = choose_hardware(a)
     check_writable(a.out / ".part")
     torch.manual_seed(a.seed)
@@ -410,10 +421,14 @@ def main():
                 tokens = tokenizer.eval().encode(held_out)
                 score = psnr(tokenizer.decode(tokens), held_out).mean()
             bar.write(f"step {step + 1}: PSNR of 32 clips {score:.2f} dB, largest token {tokens.abs().max():.1f}")
-    clips = f" --data {a.data}" if a.data else ""
-    fps = f" --fps {a.fps}" if a.fps else ""
-    frames = "" if 4 % stride[0] == 0 else f" --frames {a.frames}"  # see `encode`
-    print(f"wrote {path}; python train.py --tokenizer {path}{clips}{fps}{frames} trains on it")
+    options = quote(str(path)) + frames_option(stride, a.frames)
+    if a.data:
+        options += f" --data {quote(str(a.data))}"
+    if a.fps:
+        options += f" --fps {a.fps}"
+    if a.size != (64, 64):
+        options += f" --size {a.size[0]}x{a.size[1]}"
+    print(f"wrote {path}; python train.py --tokenizer {options} trains on it")
 
 
 if __name__ == "__main__":

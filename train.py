@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "10000")  # the CPU compiles a kernel for each shape: keep all
 
@@ -371,10 +372,11 @@ def main():
     if rank == 0:
         if source.skipped:
             print(f"skipped {len(source.skipped)} files of --data that could not be used")
+        out = quote(str(a.out))
         if step < total:
-            print(f"stopped after step {step}; go on with: python train.py --resume --out {a.out}{tokenizer.hint}")
+            print(f"stopped after step {step}; go on with: python train.py --resume --out {out}{tokenizer.hint}")
         else:
-            print(f"python sample.py --img cat.png --ckpt {a.out / 'videomar.pt'}{tokenizer.hint} samples from it")
+            print(f"python sample.py --img cat.png --ckpt {out}/videomar.pt{tokenizer.hint} samples from it")
     if step < total:
         sys.exit(130)
 

@@ -21,6 +21,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from shlex import quote
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for this file as a script
 
@@ -81,7 +82,7 @@ def start(folder, only):
     names = [name for exercise in chosen for name in EXERCISES.get(exercise, ())]
     path = folder / "videomar.py"
     path.write_text(blank(path.read_text(encoding="utf-8"), names), encoding="utf-8")
-    head = head.replace("GRADE", str(TESTS / "assignments.py")).replace("PROJECT", str(ROOT))
+    head = head.replace("GRADE", quote(str(TESTS / "assignments.py"))).replace("PROJECT", str(ROOT))
     text = "\n\n".join([head.strip(), *(texts[exercise][0] for exercise in chosen)])
     (folder / "README.md").write_text(text + "\n", encoding="utf-8")
     print(f"{folder}: read README.md, and write {', '.join(names) or 'what it asks for'} in videomar.py")
@@ -102,7 +103,7 @@ def hint(exercise, which):
 
 # ------------------------------------------------------------------------------------------------------- grade
 def run_limited(command, seconds, cwd, errors=subprocess.DEVNULL):
-    """Runs a command, and ends it with all that it started -> its exit code, or None if it took too long."""
+    """Runs a command, and ends its group of processes -> its exit code, or None if it took too long."""
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     process = subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, env=environment, start_new_session=True,
                                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors)
@@ -125,7 +126,7 @@ def grade_one(folder, exercise, limit):
         return "there is no videomar.py in the folder"
     with tempfile.TemporaryDirectory() as scratch:
         verdict = Path(scratch) / "verdict"
-        code = run_limited([TESTS / "assignment_checks.py", exercise, path, verdict], limit, scratch)
+        code = run_limited([TESTS / "assignment_checks.py", exercise, path, limit, verdict], limit, scratch)
         if code is None:
             return f"it did not come to an end in {limit:g} seconds (--limit; a busy machine takes longer)"
         if not verdict.exists():
@@ -157,7 +158,7 @@ def grade(folders, limit, path, film, only=None):
     if path:
         table = io.StringIO()
         csv.writer(table).writerows([["folder", *exercises, "points", "errors"], *rows])
-        write(path, lambda part: part.write_text(table.getvalue(), encoding="utf-8"))
+        write(path, lambda part: part.write_text(table.getvalue(), "utf-8", "backslashreplace"))
     for folder, *_, points, _ in rows:
         if film and not only and points == len(EXERCISES):
             try:
@@ -207,10 +208,12 @@ def options_parser():
     commands = parser.add_subparsers(dest="command", parser_class=Parser)
     one = commands.add_parser("start", help="write a folder with the exercises")
     one.add_argument("folder", type=Path, help="folder to write, which is new or empty")
-    one.add_argument("--only", type=int, nargs="+", choices=range(1, 12), help="these alone are blank (all)")
+    one.add_argument("--only", type=int, nargs="+", choices=range(1, 12),
+                     help="these alone are blank; to be given behind DIR (all)")
     many = commands.add_parser("grade", help="check folders")
     many.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folders with a videomar.py each")
-    many.add_argument("--only", type=int, nargs="+", choices=EXERCISES, help="these exercises, and no film (all)")
+    many.add_argument("--only", type=int, nargs="+", choices=EXERCISES,
+                      help="these exercises, and no film; to be given behind DIR (all)")
     many.add_argument("--csv", type=Path, help="write points and errors to this file, a row for each folder (none)")
     many.add_argument("--limit", type=number(float, 1), default=30.0, help="seconds for each check (30)")
     many.add_argument("--no-film", action="store_true", help="train no model where all is green (off)")

@@ -11,6 +11,7 @@ the pixels of a sample which shapes there are, of which colour, and where, and c
 """
 import csv
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -190,17 +191,17 @@ def read_prompts(path, size):
         with path.open(newline="", encoding="utf-8-sig") as file:
             table = [(row["image"], row["prompt"], None in row) for row in csv.DictReader(file, strict=True)]
     except (OSError, KeyError, ValueError, csv.Error) as e:
-        reason = f"it cannot be read ({type(e).__name__})"
+        reason = f"it cannot be read ({e if isinstance(e, csv.Error) else type(e).__name__})"
         raise Bad(f"{path}: {reason}; give a csv in UTF-8 whose first line is image,prompt") from None
     rows, checked, faults = {}, set(), []
     for image, prompt, longer in table:
         if longer:
             faults.append(f"the row of {image!r} has too many columns: a prompt with commas needs quotes")
             continue
-        if not image or prompt is None:
+        if not image or not prompt:
             faults.append(f"the row of {image or prompt!r} has no picture or no prompt")
             continue
-        name = prompt.replace("/", "_").encode()[:230].decode(errors="ignore")  # one that a file can have
+        name = re.sub(r"[/\0]", "_", prompt).encode()[:230].decode(errors="ignore")  # one that a file can have
         if name in rows:
             faults.append(f"{image}: another row has the file name {name!r}, by which VBench finds a clip")
         rows[name] = find(Path(image)), prompt
@@ -233,7 +234,7 @@ def make_prompts(a, model, tokenizer, frames, size, sampling):
         images, prompts, paths = zip(*jobs[index * BATCH:(index + 1) * BATCH])
         if all(path.exists() for path in paths):
             continue
-        torch.manual_seed(mix_seed(a.seed, index))  # a clip is a function of seed and list
+        torch.manual_seed(mix_seed(a.seed, index))  # a clip is a function of seed, list and --n
         pictures = torch.from_numpy(np.stack([read_clip(image, size) for image in images]))
         given = tokenizer.encode(to_float(pictures.to(device)))
         latents = generate(model, given, list(prompts), latent_frames, sampling, not a.no_cache)
@@ -264,6 +265,8 @@ def check(a):
     """Raises Bad for options that are wrong whatever the checkpoint is."""
     if a.prompts and (a.context or a.prompt is not None):
         raise Bad("--prompts: its rows name a picture and a prompt each; leave out --context and --prompt")
+    if not a.prompts and ranks()[1] > 1:
+        raise Bad("--clips: one process scores a checkpoint; leave out torchrun")
     if a.n and not a.prompts:
         raise Bad("--n: a held-out clip is made once; give it with --prompts")
     if a.prompts and a.out.suffix in ENDINGS:

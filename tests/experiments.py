@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -54,11 +55,14 @@ class Lab:
             raise Bad(f"--ckpt {self.ckpt}: the experiments need the stride 4x8x8; tests/evaluate.py scores others")
         self.sampling = Sampling(**checkpoint["sampling"])
         self.file = self.folder / "results.json"
-        self.results = json.loads(self.file.read_text()) if self.file.exists() else {}
+        try:
+            self.results = json.loads(self.file.read_text()) if self.file.exists() else {}
+            earlier = self.results.get("settings")
+        except (ValueError, AttributeError):
+            raise Bad(f"{self.file}: it is damaged; remove it, or choose another --out") from None
         settings = {"clips": a.clips, "steps": a.steps, "ckpt": str(self.ckpt.resolve()),
                     "changed": self.ckpt.stat().st_mtime, "hardware": f"{self.device} {self.dtype}"}
-        if self.results.get("settings", settings) != settings:
-            earlier = self.results["settings"]
+        if earlier and earlier != settings:
             raise Bad(f"{self.folder}: it holds results of {earlier}; remove it, or choose another --out")
         self.results["settings"] = settings
         self.loaded = {}  # the last model and its tokenizer, by its path
@@ -94,11 +98,14 @@ class Lab:
                 process = subprocess.Popen(list(map(str, arguments)), stdout=log, stderr=log)
                 try:
                     code = process.wait()
-                except KeyboardInterrupt:  # the training has heard it, too, and saves before it ends
+                except BaseException:  # Ctrl-C, or SIGTERM: the training saves before it ends
+                    process.terminate()
                     process.wait()
                     raise
             if code:
-                raise Bad(f"{out}: training ended with exit code {code}; see {out / 'train.log'}")
+                told = (out / "train.log").read_text(errors="replace").split("\n")
+                reason = next((line for line in reversed(told) if line.strip() and "%|" not in line), "it told nothing")
+                raise Bad(f"{out}: training ended with exit code {code} ({reason}); see {out / 'train.log'}")
         self.bar.update()
         return out / "videomar.pt"
 
@@ -409,6 +416,9 @@ def text2video(lab):
 @experiment
 def then(lab):
     """Another caption from frame 13 on: do the sprites move as it says, from then on? (ours)"""
+    if not lab.model(lab.ckpt)[0].config.cuts:
+        raise Bad(f"--ckpt {lab.ckpt}: it is no causal next-frame model, which alone can change its caption")
+
     def compute(change):
         errors, shown = [], []
         torch.manual_seed(0)
@@ -452,6 +462,7 @@ def main():
     parser.add_hardware()
     a = parser.parse_args()
     a.steps = stage_steps((5, 13, 25), a.steps, None)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends a training, too
     EXPERIMENTS[a.name](Lab(a))
 
 

@@ -1,5 +1,6 @@
 """The course: wrong answers are red, each for its own reason; right ones are green, however they are written."""
 import csv
+import signal
 import sys
 from pathlib import Path
 
@@ -545,6 +546,12 @@ def test_a_submission_that_hangs_exits_or_prints_hurts_no_other(folder):
     assert "ModuleNotFoundError in unmask_counts" in reasons["imports"]  # ours is no answer
     assert reasons["prints"] is None and reasons["starts"] is None
     assert "no videomar.py" in assignments.grade_one(folder / "empty", 1, 4)
+
+
+def test_a_check_ends_though_nobody_waits_for_it(folder):
+    (folder / "videomar.py").write_text("while True: pass")
+    done = script("tests/assignment_checks.py", 1, "videomar.py", -4, "verdict")  # 5 seconds more than the limit
+    assert done.returncode == -signal.SIGALRM and not (folder / "verdict").exists()
 
 
 def test_a_verdict_that_was_not_written_is_no_green(folder, monkeypatch):

@@ -440,9 +440,12 @@ def test_a_tokenizer_is_trained_on_clips_and_the_model_on_the_same(folder, monke
     args = ["--data", "clips", "--fps", 12, "--steps", 1, "--batch", 2, "--width", 16, "--size", "16x16", "--frames", 5]
     code, out, err = call(monkeypatch, capsys, *args, module=tokenizer)
     assert code == 0, err
-    assert "python train.py --tokenizer out/tokenizer-4x8x8.pt --data clips --fps 12.0 trains on it" in out
-    _, out, _ = call(monkeypatch, capsys, *args, "--stride", "8x8x8", "--frames", 9, module=tokenizer)
-    assert "--data clips --fps 12.0 --frames 9 trains on it" in out  # 5, 13 and 25 frames have no whole groups of 8
+    options = "--frames 5 --data clips --fps 12.0 --size 16x16"
+    assert f"python train.py --tokenizer out/tokenizer-4x8x8.pt {options} trains on it" in out
+    _, out, _ = call(monkeypatch, capsys, *args, "--out", "a b", module=tokenizer)
+    assert f"python train.py --tokenizer 'a b/tokenizer-4x8x8.pt' {options} trains on it" in out
+    assert tokenizer.frames_option((4, 8, 8), 25) == "" and tokenizer.frames_option((2, 8, 8), 49) == ""
+    assert tokenizer.frames_option((8, 8, 8), 49) == " --frames 49"  # 5, 13 and 25 have no whole groups of 8
     code, _, err = call(monkeypatch, capsys, *args, "--fps", 5, "--frames", 9, module=tokenizer)  # at 5 there are 4
     assert code == 2 and "none of its 4 clips can be used" in err, err
 
@@ -465,6 +468,26 @@ def test_encode_takes_the_tokenizer_that_is_named_and_goes_on_with_it(folder, mo
     save(other.pack(), "other.pt")
     with pytest.raises(Bad, match="--tokenizer: its tokens are not those of latents"):
         run_train(monkeypatch, "--data", "latents", "--tokenizer", "other.pt", "--frames", 5)
+
+
+def test_the_rank_that_is_the_last_to_encode_tells_how_to_train(folder, monkeypatch, capsys, tiny_files):
+    fill(folder / "clips", 3)
+    (folder / "clips/broken.gif").write_bytes(b"GIF89a")
+    args = ["--encode", "clips", "--size", "16x24", "--tokenizer", tiny_files / "tokenizer.pt", "--out", "my latents"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = []
+    for rank in "101":  # and once more, when all is there
+        monkeypatch.setenv("RANK", rank)
+        code, out, err = call(monkeypatch, capsys, *args, "--frames", 9, module=tokenizer)
+        assert code == 0, err
+        told.append(out.split("captions\n")[1])
+    assert told[0] == "" and told[1] == told[2]
+    assert told[1].startswith("wrote my latents; skipped 1 files; python train.py --data 'my latents' --frames 9 trains")
+    code, _, err = call(monkeypatch, capsys, "--steps", 1, module=tokenizer)
+    assert code == 2 and "one process trains a tokenizer" in err
+    monkeypatch.delenv("WORLD_SIZE")
+    code, _, err = call(monkeypatch, capsys, *args, "--frames", 1, module=tokenizer)
+    assert code == 2 and "--frames 1: 5 are needed at least" in err
 
 
 def test_encode_of_a_clip_that_is_damaged_where_it_is_read(folder, monkeypatch):

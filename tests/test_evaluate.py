@@ -341,9 +341,9 @@ def test_every_clip_has_its_own_prompt_and_the_rate(folder, prompts, monkeypatch
 def test_a_list_as_a_spreadsheet_writes_it_with_a_long_prompt(folder):
     """A byte order mark; a file's name is of 255 bytes at most."""
     Image.new("RGB", (24, 16)).save("a.png")
-    (folder / "list.csv").write_text(f"image,prompt\na.png,{'é' * 300}\n", encoding="utf-8-sig")
-    [(name, (_, prompt))] = evaluate.read_prompts(folder / "list.csv", (16, 24)).items()
-    assert prompt == "é" * 300 and name == "é" * 115
+    (folder / "list.csv").write_text(f"image,prompt\na.png,{'é' * 300}\na.png,a/b\0\n", encoding="utf-8-sig")
+    rows = evaluate.read_prompts(folder / "list.csv", (16, 24))
+    assert {name: prompt for name, (_, prompt) in rows.items()} == {"é" * 115: "é" * 300, "a_b_": "a/b\0"}
 
 
 @pytest.mark.skipif(not HAS_AV, reason="needs av")
@@ -353,9 +353,10 @@ def test_a_list_as_a_spreadsheet_writes_it_with_a_long_prompt(folder):
     ("cat.png,it moves\n", ["it moves", "another row"]),
     ("b.png,a/b\nb.png,a_b\n", ["a_b", "another row"]),  # as files have them
     ("a.png\n", ["a.png", "no prompt"]),
+    ("a.png,\n", ["a.png", "no prompt"]),
     (",lost\n", ["lost", "no picture"]),
     ("b.png,a cat, lost\n", ["b.png", "quotes"]),
-    ('a.png,"lost\n', ["list.csv", "cannot be read"])])
+    ('a.png,"lost\n', ["list.csv", "cannot be read (unexpected end of data)"])])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_bad_rows_are_told_before_anything_is_made(folder, prompts, monkeypatch, rows, words, world_size):
     """By every rank alike, even if the row is in another's batch."""

@@ -3,12 +3,13 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import experiments
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_SAMPLING
+from conftest import TINY, TINY_SAMPLING
 
 from data import world
 from data.files import DATA, Bad, save
@@ -113,16 +114,41 @@ def test_a_training_is_begun_goes_on_and_is_not_done_again(folder, tiny_files, m
 
 
 def test_ctrl_c_waits_until_the_training_has_saved(folder, tiny_files, monkeypatch):
-    waits = iter([KeyboardInterrupt, None])
+    """So does SIGTERM, which is sent to this process alone: it ends by SystemExit."""
+    for error in (KeyboardInterrupt, SystemExit):
+        training = MagicMock()
+        training.wait.side_effect = [error, 0]
+        monkeypatch.setattr(experiments.subprocess, "Popen", lambda args, **_: training)
+        with pytest.raises(error):
+            experiments.Lab(options(folder, tiny_files)).train("frame")
+        assert [name for name, *_ in training.mock_calls] == ["wait", "terminate", "wait"]
 
-    def wait():
-        if error := next(waits):
-            raise error
 
-    monkeypatch.setattr(experiments.subprocess, "Popen", lambda args, **_: SimpleNamespace(wait=wait))
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("content", ["", '{"settings"', "[]"])
+def test_damaged_results_are_told(folder, tiny_files, content):
+    (folder / "out/table5").mkdir(parents=True)
+    (folder / "out/table5/results.json").write_text(content)
+    with pytest.raises(Bad, match="results.json: it is damaged; remove it"):
+        experiments.Lab(options(folder, tiny_files))
+
+
+def test_a_training_that_fails_tells_why(folder, tiny_files, monkeypatch):
+    def fails(args, stdout, stderr):
+        stdout.write("train.py: --out: another run is writing there\n  0%|     | 0/6\n")
+        stdout.flush()
+        return SimpleNamespace(wait=lambda: 2)
+
+    monkeypatch.setattr(experiments.subprocess, "Popen", fails)
+    with pytest.raises(Bad, match=r"exit code 2 \(train.py: --out: another run is writing there\); see .*train.log"):
         experiments.Lab(options(folder, tiny_files)).train("frame")
-    assert list(waits) == []
+
+
+def test_another_caption_later_needs_a_causal_model(folder, tiny_files):
+    content = torch.load(tiny_files / "ckpt.pt", weights_only=True)
+    content["config"]["attention"] = "full"
+    save(content, folder / "full.pt")
+    with pytest.raises(Bad, match="full.pt: it is no causal next-frame model"):
+        experiments.then(experiments.Lab(options(folder, tiny_files, ckpt=folder / "full.pt")))
 
 
 def test_a_checkpoint_of_another_stride_is_refused(folder, tiny_files):
@@ -289,7 +315,7 @@ def test_then_measures_the_motion_after_the_change(folder):
         asked.append((truth, captions, then))
         return to_float(torch.from_numpy(truth[:, 12:13].repeat(frames, 1)))
 
-    lab.sample = sample
+    lab.sample, lab.model = sample, lambda ckpt: (SimpleNamespace(config=TINY), None)
     experiments.then(lab)
     (truth, captions, without), (_, again, later) = asked
     scenes = [world.scene(seed, held_out=True) for seed in range(4)]
