@@ -269,6 +269,13 @@ def test_bad_input_is_one_line(folder, tiny_files, monkeypatch, capsys, args, wo
     assert code == 2 and err.count("\n") == 1 and all(word in err for word in words), err
 
 
+def test_scores_are_of_one_process(folder, tiny_files, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = call(monkeypatch, capsys, "--ckpt", tiny_files / "ckpt.pt", "--clips", 1)
+    assert code == 2 and "leave out torchrun" in err
+
+
 # ---------------------------------------------------------------------------------------------- a list of prompts
 @pytest.fixture
 def prompts(folder, tiny_files, monkeypatch, capsys):
