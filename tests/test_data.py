@@ -482,7 +482,7 @@ def test_the_rank_that_is_the_last_to_encode_tells_how_to_train(folder, monkeypa
         assert code == 0, err
         told.append(out.split("captions\n")[1])
     assert told[0] == "" and told[1] == told[2]
-    assert told[1].startswith("wrote my latents; skipped 1 files; python train.py --data 'my latents' --frames 9 trains")
+    assert told[1].startswith("wrote my latents; skipped 1 files; python train.py --data 'my latents' --frames 9")
     code, _, err = call(monkeypatch, capsys, "--steps", 1, module=tokenizer)
     assert code == 2 and "one process trains a tokenizer" in err
     monkeypatch.delenv("WORLD_SIZE")
