@@ -248,6 +248,17 @@ def test_a_prompt_alone_is_text_to_video(tiny, folder):
     assert abs(frames_of("a.png")[0].astype(int) - frames_of("b.png")[0]).max() > 3
 
 
+def test_a_checkpoint_that_never_made_frame_0_is_told(tiny, folder, tiny_files):
+    write_video(folder / "clip.webp", world.clip(0, 9, 16, 24)[0], 12)
+    content, box = load(tiny_files / "ckpt.pt", "videomar"), ["--video", "clip.webp", "--box", "0,0,8,8"]
+    total = {"config": {**content["config"], "loss": "total-mask"}}  # masks frame 0 in all steps
+    for share, args, changes, told in ((0, [], {}, True), (0, box, {}, True), (0.05, [], {}, False),
+                                       (0, ["--img", "cat.png"], {}, False), (0, [], total, False)):
+        save({**content, **changes, "options": {**content["options"], "frame0": share}}, "frame0.pt")
+        code, out, err = tiny("--ckpt", "frame0.pt", "--prompt", "a", "--out", "a.png", *args)
+        assert code == 0 and ("note: frame0.pt was trained with --frame0 0" in out) == told, err
+
+
 def test_another_prompt_from_a_frame_on(tiny, folder):
     args = ["--img", "cat.png", "--prompt", "a red cat grows"]
     assert tiny(*args, "--out", "a.png")[0] == tiny(*args, "--then", 5, "a blue star spins", "--out", "b.png")[0] == 0
