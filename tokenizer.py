@@ -421,7 +421,8 @@ def main():
                 tokens = tokenizer.eval().encode(held_out)
                 score = psnr(tokenizer.decode(tokens), held_out).mean()
             bar.write(f"step {step + 1}: PSNR of 32 clips {score:.2f} dB, largest token {tokens.abs().max():.1f}")
-    options = quote(str(path)) + frames_option(stride, a.frames)
+    frames = a.frames if a.data or 4 % stride[0] else 25  # the drawn world has clips of any length
+    options = quote(str(path)) + frames_option(stride, frames)
     if a.data:
         options += f" --data {quote(str(a.data))}"
     if a.fps:

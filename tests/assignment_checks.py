@@ -3,7 +3,9 @@
 A check compares on random tensors, one property after the other, and raises `Wrong` with the first that fails, in
 words. All functions of other exercises are replaced by right ones. Run as a program it checks one exercise of one file:
 
-    python tests/assignment_checks.py 3 DIR/videomar.py VERDICT      VERDICT: the file for what is wrong, or "right"
+    python tests/assignment_checks.py 3 DIR/videomar.py LIMIT VERDICT
+
+It ends itself 5 seconds after LIMIT seconds. VERDICT is the file for what is wrong, or "right".
 """
 import importlib.util
 import math

@@ -207,13 +207,13 @@ def options_parser():
     parser.add_argument("--hint", type=int, nargs="+", metavar=("EXERCISE", "WHICH"), help="print a hint (none)")
     commands = parser.add_subparsers(dest="command", parser_class=Parser)
     one = commands.add_parser("start", help="write a folder with the exercises")
-    one.add_argument("folder", type=Path, help="folder to write, which is new or empty")
+    one.add_argument("folder", type=Path, metavar="DIR", help="folder to write, which is new or empty")
     one.add_argument("--only", type=int, nargs="+", choices=range(1, 12),
-                     help="these alone are blank; to be given behind DIR (all)")
+                     help="these alone are blank; to be given after DIR (all)")
     many = commands.add_parser("grade", help="check folders")
     many.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folders with a videomar.py each")
     many.add_argument("--only", type=int, nargs="+", choices=EXERCISES,
-                      help="these exercises, and no film; to be given behind DIR (all)")
+                      help="these exercises, and no film; to be given after DIR (all)")
     many.add_argument("--csv", type=Path, help="write points and errors to this file, a row for each folder (none)")
     many.add_argument("--limit", type=number(float, 1), default=30.0, help="seconds for each check (30)")
     many.add_argument("--no-film", action="store_true", help="train no model where all is green (off)")

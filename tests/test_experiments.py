@@ -1,6 +1,9 @@
 """Experiments: what is trained and scored for which line of a table, what is kept, and scores that are their own."""
+import os
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -59,6 +62,10 @@ def test_steps_are_those_of_three_stages(monkeypatch):
     for steps in ([], ["--steps", "7"], ["--steps", "1,2,3"]):
         monkeypatch.setattr(sys, "argv", ["experiments.py", "table4", *steps])
         experiments.main()
+    with pytest.raises(SystemExit):  # from here on: it ends a training, too
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     assert seen == [[700, 150, 350], [7, 7, 7], [1, 2, 3]]
     monkeypatch.setattr(sys, "argv", ["experiments.py", "table4", "--steps", "1,2"])
     with pytest.raises(Bad, match="--steps has 2 numbers for 3 stages"):
@@ -136,11 +143,13 @@ def test_a_training_that_fails_tells_why(folder, tiny_files, monkeypatch):
     def fails(args, stdout, stderr):
         stdout.write("train.py: --out: another run is writing there\n  0%|     | 0/6\n")
         stdout.flush()
-        return SimpleNamespace(wait=lambda: 2)
+        return SimpleNamespace(wait=lambda: codes.pop())
 
+    codes = [-9, 2]
     monkeypatch.setattr(experiments.subprocess, "Popen", fails)
-    with pytest.raises(Bad, match=r"exit code 2 \(train.py: --out: another run is writing there\); see .*train.log"):
-        experiments.Lab(options(folder, tiny_files)).train("frame")
+    for told in (r"exit code 2 \(train.py: --out: another run is writing there\); see .*train.log", r"\(signal 9\)"):
+        with pytest.raises(Bad, match=told):
+            experiments.Lab(options(folder, tiny_files)).train("frame")
 
 
 def test_another_caption_later_needs_a_causal_model(folder, tiny_files):

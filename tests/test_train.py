@@ -806,7 +806,7 @@ def test_scripts_on_tiny_settings(folder):
     done = script("tokenizer.py", "--steps", 3, "--batch", 2, "--width", 16, "--size", "16x16", "--frames", 5)
     assert done.returncode == 0 and "wrote out/tokenizer-4x8x8.pt" in done.stdout, done.stderr
     hint = re.search(r"python train.py (--tokenizer .*) trains on it", done.stdout)[1].split()
-    assert hint[2:] == ["--frames", "5", "--size", "16x16"]
+    assert hint[2:] == ["--size", "16x16"]  # the drawn world has clips of any length
     done = script("train.py", *hint, "--frames", "5,9", "--steps", "2,1", "--batch", 2, "--parts", 2)
     assert done.returncode == 0, done.stderr
     assert "frames (5, 9), steps [2, 1]" in done.stdout and "batches of 2 in 2 parts" in done.stdout
