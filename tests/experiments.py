@@ -104,8 +104,8 @@ class Lab:
                     raise
             if code:
                 told = (out / "train.log").read_text(errors="replace").split("\n")
-                lines = [line for line in told if line.strip() and "%|" not in line]
-                reason = lines[-1] if code > 0 else f"signal {-code}"
+                lines = [line for line in told if line.strip() and "%|" not in line]  # without progress bars
+                reason = (lines or ["no reason given"])[-1] if code > 0 else f"signal {-code}"
                 raise Bad(f"{out}: training ended with exit code {code} ({reason}); see {out / 'train.log'}")
         self.bar.update()
         return out / "videomar.pt"
