@@ -253,8 +253,7 @@ def main():
         n_given = (a.context or 2) if a.video else int(bool(a.img))
         made = latent_frames - n_given
         given_frames = pixel_frames(n_given, frames, stride)
-    makes_frame0 = a.box or not n_given
-    if makes_frame0 and checkpoint["options"].get("frame0") == 0 and model.config.loss == "next-frame":
+    if (a.box or not n_given) and checkpoint["options"].get("frame0") == 0 and model.config.loss == "next-frame":
         print(f"note: {relpath(a.ckpt)} was trained with --frame0 0, and has never learned to make a first frame")
     source = find(a.img or a.video or Path("clip"))  # from text alone: what is written is named clip
     prompt, beside = a.prompt, ""

@@ -232,6 +232,13 @@ def check_size(stride, frames, height, width):
         raise Bad(f"{frames} frames of {height}x{width}: more than 2^30 pixels in one clip; ask for a smaller --size")
 
 
+def check_clip(stride, frames, height, width):
+    """As `check_size`, for clips to train a model on: a picture alone is refused, too."""
+    check_size(stride, frames, height, width)
+    if frames == 1:
+        raise Bad(f"--frames {frames}: {1 + stride[0]} are needed at least, for one latent frame more")
+
+
 # -------------------------------------------------------------------------------------------------------- text
 class Words(nn.Module):
     """Captions to text states with nothing pretrained (ours): each word is hashed into a learned table, and a
@@ -342,9 +349,7 @@ def encode(a, device):
     begun = a.out / "latents.pt"  # of a run that was stopped
     packed = load(begun, "latents")["tokenizer"] if begun.exists() else None
     tokenizer = open_tokenizer(a.tokenizer, packed, device, begun)
-    check_size(tokenizer.stride, a.frames, *a.size)
-    if a.frames == 1:
-        raise Bad(f"--frames 1: {1 + tokenizer.stride[0]} are needed at least, for one latent frame more")
+    check_clip(tokenizer.stride, a.frames, *a.size)
     source = Folder(a.encode, a.fps)
     print(source.about, flush=True)
     write_latents(source, a.out, tokenizer, a.frames, a.size, device)

@@ -29,7 +29,7 @@ from data.files import (Bad, Parser, check_writable, choose_hardware, load, lock
 from data.latents import open_source
 from data.video import psnr, read_ahead, to_float, to_tokens, to_uint8, write_strip
 from sample import build_model, generate
-from tokenizer import check_size, check_tokens, open_text, open_tokenizer
+from tokenizer import check_clip, check_tokens, open_text, open_tokenizer
 from videomar import PRESETS, Sampling, VideoMAR
 
 WARMUP = 100  # steps (ours)
@@ -176,9 +176,7 @@ def make_tokenizer(a, source, checkpoint, device):
     if a.resume or source.packed:  # --init alone may go on to other tokens
         check_tokens(tokenizer, packed, owner)
     for frames in a.frames:
-        check_size(tokenizer.stride, frames, *a.size)
-        if frames == 1:
-            raise Bad(f"--frames {frames}: {1 + tokenizer.stride[0]} are needed at least, for one latent frame more")
+        check_clip(tokenizer.stride, frames, *a.size)
     source.held_out(1, max(a.frames), a.size)  # raises Bad now if no clip is long enough for the longest stage
     if not tokenizer.measured:
         tokenizer.measure(to_float(source.batch(range(16), a.frames[-1], a.size)[0].to(device)))
