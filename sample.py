@@ -29,7 +29,7 @@ def frame_sampling(sampling, t, n_given):
     may begin at once.
     """
     if t == 0:
-        steps, cfg = 10 * sampling.unmask_steps, max(sampling.cfg, 5.0)
+        steps, cfg = max(sampling.unmask_steps, 60), max(sampling.cfg, 5.0)
         return replace(sampling, temperature=0.8, cfg=cfg, cfg_schedule="constant", unmask_steps=steps)
     if sampling.temperature == "progressive":
         return replace(sampling, temperature=progressive_temperature(t - n_given))
@@ -169,8 +169,8 @@ def add_model_options(parser):
 
 
 def options_parser():
-    parser = Parser(description="Make a video of a picture, or continue a clip. A frame 0 that is not given takes ten "
-                                "times --steps, --cfg 5 or more, and --temperature 0.8.")
+    parser = Parser(description="Make a video of a picture, or continue a clip. A frame 0 that is not given takes --steps "
+                                "60 or more, --cfg 5 or more, and --temperature 0.8.")
     source = parser.add_mutually_exclusive_group()
     given = parser.add_mutually_exclusive_group()
     source.add_argument("--img", type=Path, help="the first frame; a bare name is also looked up in data/ (none)")

@@ -69,19 +69,19 @@ class Sampling:
 
 # A preset: the model's sizes, defaults of train.py, steps of each stage by its pixel frames, how to sample. "paper" is
 # the paper's first resolution; the paper does not tell its batch and steps, so these are guesses. What is not set here
-# comes from the source of clips: the drawn world has its own guidance, temperature, noise and share of frame 0.
+# comes from the source of clips: the drawn world has its own unmasking steps, guidance, noise and share of frame 0.
 PRESETS = {
     "toy": {
         "model": Config(layers=6, dim=192, heads=6, text_dim=128, diffusion_dim=256, snr_clip=1.0),
         "training": dict(size=(64, 64), frames=(5, 13, 25), batch=16, optimiser="muon", lr=8e-4),
         "steps": {5: 1200, 13: 185, 25: 660},
-        "sampling": dict(unmask_steps=6, diffusion_steps=15),
+        "sampling": dict(diffusion_steps=15),
     },
     "paper": {
         "model": Config(),
         "training": dict(size=(256, 256), frames=(5, 13, 25), batch=64, optimiser="adamw", lr=1e-4, noise=0, frame0=0),
         "steps": {5: 50000, 13: 50000, 25: 100000},
-        "sampling": dict(cfg=3.0, temperature="progressive"),  # on the drawn world, too
+        "sampling": dict(unmask_steps=64, cfg=3.0, temperature="progressive"),  # on the drawn world, too
     },
 }
 

@@ -158,7 +158,7 @@ class Source:
     processes = False  # whether `read_ahead` takes processes
     packed, size = None, None  # of latents: their tokenizer, and the size of the clips that they are of
     fps = None  # pictures a second that were taken from the clips; None: all
-    sampling, training = {}, {"noise": 0.0, "frame0": 0.0}  # defaults of train.py for this source
+    sampling, training = {"unmask_steps": 6}, {"noise": 0.0, "frame0": 0.0}  # defaults of train.py for this source
 
     def batch(self, seeds, frames, size, **options):
         """-> video uint8 (batch, frames, H, W, 3) or latents float32 (batch, T, h, w, C), captions."""

@@ -174,10 +174,14 @@ def clip(seed, frames=25, height=64, width=64, held_out=False, change_until=0):
 
 
 class World(Source):
-    """The drawn world as training reads it. Picture and caption allow one future: temperature 0 draws the likeliest."""
+    """The drawn world as training reads it.
+
+    Picture and caption allow one future. So it needs no guidance, temperature 0 draws the likeliest tokens, and many of
+    them may be drawn in one unmasking step, in which they do not see each other.
+    """
 
     about, processes = "drawn world", True
-    sampling = {"cfg": 1.5, "temperature": 0.0}
+    sampling = {"unmask_steps": 2, "cfg": 1.0, "temperature": 0.0}
     training = {"noise": 0.15, "frame0": 0.05}
 
     def draw(self, seed, frames, size, length=None, change_until=0, held_out=False):

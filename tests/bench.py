@@ -30,6 +30,7 @@ import torch
 
 import videomar
 from data.files import Bad, Parser, choose_hardware, number, run, sizes
+from data.video import Source
 from sample import generate
 from tokenizer import Words, check_size
 from train import make_optimisers, stage_steps
@@ -161,7 +162,7 @@ def next_token_step(model, x, text, rotation, cache, diffusion, cfg):
 @torch.no_grad()
 def bench_sample(a, model, device, dtype, grid, frames):
     c, n, batch = model.config, grid[0] * grid[1], a.batch or 1
-    sampling = Sampling(**PRESETS[a.preset]["sampling"])
+    sampling = Sampling(**(Source.sampling | PRESETS[a.preset]["sampling"]))  # as on one's own clips
     given, captions = torch.randn(batch, 1, *grid, c.channels, device=device), [CAPTION] * batch
     diffusion = Diffusion(c.timesteps, sampling.diffusion_steps).to(device)
     text = model.read_text(captions * 2, torch.arange(2 * batch, device=device) >= batch)

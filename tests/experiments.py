@@ -290,7 +290,7 @@ def guidance(lab):
 def steps(lab):
     """Unmasking steps x diffusion steps: quality against seconds."""
     columns, rows = (10, 25, 50, 100), []
-    for unmask in (4, 8, 16, 32, 64):
+    for unmask in (1, 2, 4, 8, 16, 64):
         row = [unmask]
         for diffusion in columns:
             result = lab.score(f"{unmask}x{diffusion}", unmask_steps=unmask, diffusion_steps=diffusion)

@@ -55,7 +55,7 @@ def test_the_defaults_stay():
     told = dict(layers=6, dim=192, heads=6, text_dim=128, diffusion_dim=256, snr_clip=1)
     assert asdict(PRESETS["toy"]["model"]) == {**asdict(Config()), **told}
     assert PRESETS["toy"]["training"]["size"] == (64, 64)
-    assert PRESETS["toy"]["sampling"] == dict(unmask_steps=6, diffusion_steps=15)
+    assert PRESETS["toy"]["sampling"] == dict(diffusion_steps=15)
     assert PRESETS["paper"]["model"] == Config()
     assert PRESETS["paper"]["steps"] == {5: 50000, 13: 50000, 25: 100000}
 
@@ -848,11 +848,12 @@ def test_text_to_video_starts_from_nothing(monkeypatch):
     steps, used, real = [], [], sample.unmask_counts
     monkeypatch.setattr(sample, "unmask_counts", lambda n, k: steps.append(k) or real(n, k))
     monkeypatch.setattr(Diffusion, "sample", lambda self, net, x, z, *now: used.append(now[:2]) or x)
-    for cfg, strong in ((1.0, 5.0), (1.5, 5.0), (7.0, 7.0)):
+    for few, many, cfg, strong in ((2, 60, 1.0, 5.0), (2, 60, 1.5, 5.0), (70, 70, 7.0, 7.0)):
         steps.clear()
         used.clear()
-        sampled(model, nothing, 3, unmask_steps=2, cfg=cfg)
-        assert steps == [20, 2, 2] and set(used[:-4]) == {(0.8, strong)} and max(used[-4:]) == (0.91, cfg)
+        sampled(model, nothing, 3, unmask_steps=few, cfg=cfg)
+        assert steps == [many, few, few]  # of which a frame of 6 tokens takes 6 at most
+        assert set(used[:6]) == {(0.8, strong)} and max(used[6:]) == (0.91, cfg)
 
 
 def test_a_later_prompt_changes_later_frames_alone():

@@ -32,7 +32,7 @@ SHORT = ["--size", "16x16", "--frames", 5, "--steps", 1, "--batch", 2, "--device
 SMALL = f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
 import conftest, train, videomar
-videomar.PRESETS["toy"].update(model=conftest.TINY, sampling=dict(unmask_steps=3, diffusion_steps=5))
+videomar.PRESETS["toy"].update(model=conftest.TINY, sampling=dict(diffusion_steps=5))
 train.run(train.main)
 """
 
@@ -131,10 +131,12 @@ def test_the_drawn_world_has_settings_of_its_own(folder, monkeypatch, tiny_files
     tokenizer = ["--tokenizer", tiny_files / "tokenizer.pt"]
     assert run_train(monkeypatch, *SHORT, *tokenizer, "--data", "clips", "--out", "own") == 0
     assert run_train(monkeypatch, *SHORT, *tokenizer, "--out", "drawn") == 0
-    for out, cfg, temperature, noise, frame0 in (("own", 3, "progressive", 0, 0), ("drawn", 1.5, 0, 0.15, 0.05)):
+    rows = ("own", 6, 3, "progressive", 0, 0), ("drawn", 2, 1, 0, 0.15, 0.05)
+    for out, steps, cfg, temperature, noise, frame0 in rows:
         for name in ("ckpt.pt", "videomar.pt"):
             content = checkpoint(f"{out}/{name}")
-            assert (content["sampling"]["cfg"], content["sampling"]["temperature"]) == (cfg, temperature)
+            sampling = content["sampling"]
+            assert (sampling["unmask_steps"], sampling["cfg"], sampling["temperature"]) == (steps, cfg, temperature)
             assert (content["options"]["noise"], content["options"]["frame0"]) == (noise, frame0)
     a, *_ = train.read_options(["--noise", "0", "--lr", "0.5"])  # what is given is taken, be it 0
     assert a.noise == 0 and a.frame0 == 0.05 and a.lr == 0.5
