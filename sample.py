@@ -169,8 +169,9 @@ def add_model_options(parser):
 
 
 def options_parser():
-    parser = Parser(description="Make a video of a picture, or continue a clip. A frame 0 that is not given takes --steps "
-                                "60 or more, --cfg 5 or more, and --temperature 0.8.")
+    parser = Parser(description="Make a video of a picture, or continue a clip. A frame 0 that is not given is drawn "
+                                "at temperature 0.8, in 60 unmasking steps or --steps, if they are more, and with "
+                                "guidance 5 or --cfg, if it is more.")
     source = parser.add_mutually_exclusive_group()
     given = parser.add_mutually_exclusive_group()
     source.add_argument("--img", type=Path, help="the first frame; a bare name is also looked up in data/ (none)")

@@ -69,7 +69,7 @@ class Sampling:
 
 # A preset: the model's sizes, defaults of train.py, steps of each stage by its pixel frames, how to sample. "paper" is
 # the paper's first resolution; the paper does not tell its batch and steps, so these are guesses. What is not set here
-# comes from the source of clips: the drawn world has its own unmasking steps, guidance, noise and share of frame 0.
+# comes from the source of clips: the drawn world has its own steps, guidance, temperature, noise and share of frame 0.
 PRESETS = {
     "toy": {
         "model": Config(layers=6, dim=192, heads=6, text_dim=128, diffusion_dim=256, snr_clip=1.0),

@@ -176,8 +176,8 @@ def clip(seed, frames=25, height=64, width=64, held_out=False, change_until=0):
 class World(Source):
     """The drawn world as training reads it.
 
-    Picture and caption allow one future. So it needs no guidance, temperature 0 draws the likeliest tokens, and many of
-    them may be drawn in one unmasking step, in which they do not see each other.
+    Picture and caption allow one future. So no guidance is needed, temperature 0 draws the likeliest tokens, and a
+    frame is filled in two unmasking steps, though the tokens of one step do not see each other.
     """
 
     about, processes = "drawn world", True

@@ -235,7 +235,7 @@ def test_each_line_is_of_the_score_that_its_label_tells(folder):
         assert row[:2] == [f"{frames}, {h}x{w}", f"{number}.00 ± 0.00"] and ckpt is None
     lab = Notes(folder)
     experiments.steps(lab)
-    assert len(lab.scored) == 24
+    assert len(lab.scored) == 24 and [row[0] for row in lab.rows] == [1, 2, 4, 8, 16, 64]
     for number, (*_, changes) in enumerate(lab.scored):
         row, column = divmod(number, 4)
         assert changes == {"unmask_steps": lab.rows[row][0], "diffusion_steps": (10, 25, 50, 100)[column]}

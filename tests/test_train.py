@@ -126,7 +126,7 @@ def test_skipped_files_are_counted_at_the_end(folder, monkeypatch, capsys, tiny_
 
 
 def test_the_drawn_world_has_settings_of_its_own(folder, monkeypatch, tiny_files):
-    """A toy run on one's own clips trains and samples as the paper does; one on the drawn world does not."""
+    """On one's own clips a toy run takes the paper's guidance and temperature, in six unmasking steps."""
     write_two_clips()
     tokenizer = ["--tokenizer", tiny_files / "tokenizer.pt"]
     assert run_train(monkeypatch, *SHORT, *tokenizer, "--data", "clips", "--out", "own") == 0
