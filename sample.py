@@ -25,8 +25,8 @@ def frame_sampling(sampling, t, n_given):
     """The Sampling of latent frame t, if n_given frames are given: its temperature is a number.
 
     A frame 0 that is not given (text-to-video, editing) has settings of its own (ours). Without noise or guidance it
-    would be the likeliest picture, an empty one. Tokens of one step do not see each other: with few steps, two sprites
-    may begin at once.
+    would be the likeliest picture, which in the drawn world is empty. Tokens of one step do not see each other: in few
+    steps, a sprite may begin at two places.
     """
     if t == 0:
         steps, cfg = max(sampling.unmask_steps, 60), max(sampling.cfg, 5.0)
@@ -47,9 +47,9 @@ def generate(model, given, captions, frames, sampling, use_cache=True, then=None
 
     Frames are latent. n_given = 0 is text-to-video. then: {frame: captions from there on}; the keys of earlier frames
     stay in the cache. keep (h, w), bool, is for editing: all frames are given, and tokens are made anew where it is
-    False. All draws come from torch's generator: the same seed gives the same clip, and leaving out the cache changes
-    it by rounding alone. watch(clip, masked, t, step, counts) is called after each unmasking step: masked (batch,
-    frames, h, w) is True where [MASK] stands; step counts from 1; counts: how many tokens each step reveals.
+    False. All draws come from torch's generator: the same seed gives the same clip, and without `then`, leaving out the
+    cache changes it by rounding alone. watch(clip, masked, t, step, counts) is called after each unmasking step: masked
+    (batch, frames, h, w) is True where [MASK] stands; step counts from 1; counts: how many tokens each step reveals.
     """
     config, device = model.config, given.device
     batch, n_given, *grid, channels = given.shape
@@ -63,7 +63,7 @@ def generate(model, given, captions, frames, sampling, use_cache=True, then=None
     masked = (~known).repeat(batch, 1)
     rows = torch.arange(batch, device=device)[:, None]
 
-    # With guidance the batch is doubled: captions first, then nulls. A frame 0 that is made anew always has guidance.
+    # With guidance the batch is doubled: captions first, then nulls. A frame 0 that is made anew has guidance.
     branches = 1 if sampling.cfg == 1 and n_given else 2
     null = torch.arange(batch * branches, device=device) >= batch
     text = model.read_text(captions * branches, null)
@@ -93,14 +93,14 @@ def generate(model, given, captions, frames, sampling, use_cache=True, then=None
         places = begin * n + (~known[begin * n:end * n]).nonzero()[:, 0]  # (count,)
         order = places[torch.rand(batch, len(places), device=device).argsort(1)]  # (batch, count), random (MAR)
         counts = unmask_counts(len(places), now.unmask_steps * (end - begin))
-        first = 0 if cache is None else begin  # earlier frames are in the cache
-        stop = end if causal else frames  # full attention reads the later [MASK]s, too
+        run_from = 0 if cache is None else begin  # earlier frames are in the cache
+        run_to = end if causal else frames  # full attention reads the later [MASK]s, too
         steps = tqdm(order.split(counts, 1), "steps", leave=False, disable=quiet)
         for step, chosen in enumerate(steps, 1):
-            z = hidden(first, stop)[:, rows, chosen - first * n].flatten(0, 2)  # (branches * batch * count, dim)
+            z = hidden(run_from, run_to)[:, rows, chosen - run_from * n]  # (branches, batch, count, dim)
             guidance = guidance_at(now, sum(counts[:step]) / len(places)) if branches == 2 else None
             noise = torch.randn(chosen.numel(), channels, device=device)
-            tokens = diffusion.sample(model.diffusion_mlp, noise, z, now.temperature, guidance, now.clamp)
+            tokens = diffusion.sample(model.diffusion_mlp, noise, z.flatten(0, 2), now.temperature, guidance, now.clamp)
             x[rows, chosen] = tokens.view(batch, -1, channels)
             masked[rows, chosen] = False
             if watch:
@@ -110,7 +110,7 @@ def generate(model, given, captions, frames, sampling, use_cache=True, then=None
 
 # -------------------------------------------------------------------------------------------------- checkpoints
 def stored_as(kind, stored):
-    """A Config or Sampling of a checkpoint. Fields that the file does not have get their defaults."""
+    """A Config or Sampling of a dict: a field that is not in it gets its default, and what is no field is ignored."""
     return kind(**{field.name: stored[field.name] for field in fields(kind) if field.name in stored})
 
 
@@ -284,7 +284,7 @@ def main():
         given = tokenizer.encode(to_float(pixels[None].to(device)))[:, :n_given].repeat_interleave(a.n, 0)
         latents = generate(model, given, [prompt] * a.n, latent_frames, sampling, use_cache=not a.no_cache, then=then,
                            keep=keep, watch=watch)
-        clips = [enlarge(to_uint8(video)) for video in tokenizer.decode(latents)]  # the copy ends after all GPU work
+        clips = [enlarge(to_uint8(video)) for video in tokenizer.decode(latents)]  # waits for the GPU
     seconds = time.time() - start
     for path, clip in zip(paths, clips):
         write_video(path, clip, a.fps)

@@ -5,7 +5,7 @@ A video tokenizer has `stride` (frames, rows, columns), `channels`, `encode`, `d
     hint        options that a command needs to open it again
     measured    whether its tokens have unit variance; if not, `measure` sees to it
 A text encoder is a module with `name` and `dim` that maps captions to states and a mask. Whatever has these can stand
-in for the classes here.
+in for the classes here; `open_tokenizer` and `open_text` must know it, to read a checkpoint.
 
     python tokenizer.py                              trains one of stride 4x8x8, for the first resolution
     python tokenizer.py --encode DIR --out LATENTS   encodes your clips once, for train.py --data LATENTS
@@ -86,7 +86,8 @@ class Tokenizer(nn.Module):
 
     The first frame is encoded as s copies of itself, so that one encoder serves both, and a still clip has the same
     tokens in every latent frame. The batch norm behind the encoder holds the mean and std per channel which give the
-    tokens unit variance; with these fixed, noise on the tokens in training does what a VAE's divergence term would.
+    tokens unit variance. So they cannot outgrow the noise that training adds to them, which does what a VAE's KL term
+    would.
     """
 
     measured, hint = True, ""
@@ -333,15 +334,15 @@ def options_parser():
     add("--lr", type=number(float, 1e-9, 1), default=1e-2, help="learning rate of Muon; AdamW's is 0.4 of it (0.01)")
     add("--batch", type=number(int, 1), default=16, help="clips a step (16)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, noise and stretches of clips (0)")
-    add("--out", type=Path, default=Path("out"), help="folder for the latents, or for tokenizer-STRIDE.pt; of a run "
-                                                       "before it stays there as tokenizer-STRIDE-before.pt (out)")
+    add("--out", type=Path, default=Path("out"), help="folder for the latents, or for tokenizer-STRIDE.pt; that of a "
+                                                       "run before becomes tokenizer-STRIDE-before.pt (out)")
     parser.add_hardware()
     return parser
 
 
 def frames_option(stride, frames):
     """What train.py must be told if its own 5, 13 and 25 frames do not suit the stride, or clips of `frames` frames."""
-    return "" if 4 % stride[0] == 0 and frames >= 25 else f" --frames {frames}"
+    return "" if 4 % stride[0] == 0 and frames >= 25 else f" --frames {max(frames, 1 + stride[0])}"
 
 
 def encode(a, device):
@@ -350,7 +351,7 @@ def encode(a, device):
     packed = load(begun, "latents")["tokenizer"] if begun.exists() else None
     tokenizer = open_tokenizer(a.tokenizer, packed, device, begun)
     check_clip(tokenizer.stride, a.frames, *a.size)
-    source = Folder(a.encode, a.fps)
+    source = Folder(a.encode, a.fps, a.out)
     print(source.about, flush=True)
     write_latents(source, a.out, tokenizer, a.frames, a.size, device)
     written = list(a.out.glob("clip-*.pt"))

@@ -48,7 +48,7 @@ class Config:
 
     @property
     def cuts(self):
-        """Whether no frame sees a later one, and frame t alone carries loss: then the sequence may end with frame t."""
+        """Whether a sequence may end with frame t: no frame sees a later one, and frame t alone carries loss."""
         return self.attention == "causal" and self.loss == "next-frame"
 
 
@@ -67,9 +67,9 @@ class Sampling:
     clamp: float = 4.0  # of the predicted x_0, in standard deviations of a token (ours)
 
 
-# A preset: the model's sizes, defaults of train.py, steps of each stage by its pixel frames, how to sample. "paper" is
-# the paper's first resolution; the paper does not tell its batch and steps, so these are guesses. What is not set here
-# comes from the source of clips: the drawn world has its own steps, guidance, temperature, noise and share of frame 0.
+# A preset: the model's sizes, defaults of train.py, training steps of each stage by its pixel frames, how to sample.
+# What is not set here comes from the source of clips: see `training` and `sampling` of World in data/world.py. "paper"
+# is the paper's first resolution; the paper does not tell its batch and training steps, so these are guesses.
 PRESETS = {
     "toy": {
         "model": Config(layers=6, dim=192, heads=6, text_dim=128, diffusion_dim=256, snr_clip=1.0),
@@ -81,7 +81,7 @@ PRESETS = {
         "model": Config(),
         "training": dict(size=(256, 256), frames=(5, 13, 25), batch=64, optimiser="adamw", lr=1e-4, noise=0, frame0=0),
         "steps": {5: 50000, 13: 50000, 25: 100000},
-        "sampling": dict(unmask_steps=64, cfg=3.0, temperature="progressive"),  # on the drawn world, too
+        "sampling": dict(unmask_steps=64, cfg=3.0, temperature="progressive"),  # also where a source has its own
     },
 }
 
@@ -174,11 +174,11 @@ def attend(q, k, v, mask=None):
 
 
 def frame_causal_attention(q, k, v, n):
-    """Each frame of n tokens sees itself and all earlier frames (paper 4.1); k and v may begin in the cache.
+    """Each frame of n tokens sees itself and all earlier frames (paper 4.1), of which k and v may have more than q.
 
     There is no mask: one product for each frame, its queries against the keys up to its end, computes the same.
     """
-    earlier = k.shape[2] - q.shape[2]  # tokens of earlier frames, which only the cache has
+    earlier = k.shape[2] - q.shape[2]  # tokens of frames that are in the cache alone
     frames = []
     for start in range(0, q.shape[2], n):
         end = earlier + start + n
@@ -202,17 +202,18 @@ class Block(nn.Module):
         """Text states (batch, word, dim) -> keys and values of the cross-attention, the same for every step."""
         return rearrange(self.cross_kv(states), "b l (two h d) -> two b h l d", two=2, h=self.heads)
 
-    def forward(self, x, rotation, text, text_mask, n, cache=None):
-        """x (batch, frames * n, dim) -> the same shape.
+    def forward(self, x, rotation, text, text_mask, together, cache=None):
+        """x (batch, token, dim) -> the same shape.
 
         rotation: cosines and sines of `rope_angles`; text: from `text_keys_values`; text_mask (batch, 1, 1, word): True
-        at words; n: tokens that see each other, a frame's; cache: of earlier frames.
+        at words; together: how many tokens see each other, those of a frame or (full attention) all; cache: of earlier
+        frames.
         """
         q, k, v = rearrange(self.qkv(self.norm1(x)), "b l (three h d) -> three b h l d", three=3, h=self.heads)
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        y = frame_causal_attention(q, k, v, n)
+        y = frame_causal_attention(q, k, v, together)
         x = x + self.out(rearrange(y, "b h l d -> b l (h d)"))
         q = rearrange(self.cross_q(self.norm2(x)), "b l (h d) -> b h l d", h=self.heads)
         x = x + self.cross_out(rearrange(attend(q, *text, text_mask), "b h l d -> b l (h d)"))
@@ -398,14 +399,14 @@ class VideoMAR(nn.Module):
             z, angles = z + absolute_code(positions, config.dim), torch.zeros_like(angles)  # no rotation
         rotation = angles.cos(), angles.sin()
         keys_values, text_mask = text
-        together = x.shape[1] if config.attention == "full" else n  # tokens that see each other, as those of a frame do
+        together = x.shape[1] if config.attention == "full" else n  # tokens that see each other
         for block, kv in zip(self.blocks, keys_values):
             run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block
             z = run(z, rotation, kv, text_mask, together, cache)
         return self.norm(z)
 
     def draw_masked(self, batch, frames, n, t, device=None):
-        """The masking of eq. 4.1: frames before t stay whole, t is partly masked, later ones are wholly masked.
+        """The masking of paper 4.1: frames before t stay whole, t is partly masked, later ones are wholly masked.
 
         The masked tokens of frame t carry the loss: a random set in each clip, of the same size in all of them. With
         the total-mask loss (eq. 3.1) all frames are masked so, as one large picture. -> masked (batch, frames * n),
@@ -422,7 +423,8 @@ class VideoMAR(nn.Module):
 
         Only one frame carries loss: a later one would read [MASK]s of frame t where sampling has its values. Under
         frame-causal attention frame t sees nothing after itself, so the sequence is cut there: the same loss and
-        gradients for less work (ours). t = 0 trains frame 0 from the text alone (ours). -> mean over tokens, float32.
+        gradients for less work (ours); train.py does not even draw what comes later. t = 0 trains frame 0 from the text
+        alone (ours). -> mean over tokens, float32.
         """
         config = self.config
         batch, frames, *grid, _ = x.shape
@@ -432,10 +434,9 @@ class VideoMAR(nn.Module):
         masked, places = self.draw_masked(batch, frames, n, t, x.device)
         end = (t + 1) * n if config.cuts else frames * n
         z = self.hidden(x[:, :end], masked[:, :end], text, grid)
-        z = z.take_along_dim(places[..., None], 1)  # (batch, count, dim)
-        target = x.take_along_dim(places[..., None], 1).float()  # (batch, count, C)
-        x0 = target.flatten(0, 1).repeat(config.noise_draws, 1)  # (tokens, C)
-        z = z.flatten(0, 1).repeat(config.noise_draws, 1)  # (tokens, dim), tokens = draws * batch * count
+        z = z.take_along_dim(places[..., None], 1).flatten(0, 1)  # (batch * count, dim)
+        x0 = x.take_along_dim(places[..., None], 1).flatten(0, 1).float()  # (batch * count, C)
+        x0, z = x0.repeat(config.noise_draws, 1), z.repeat(config.noise_draws, 1)  # (draws * batch * count, ...)
         return self.diffusion.loss(self.diffusion_mlp, x0, z, config.snr_clip).mean()
 
 
@@ -461,5 +462,5 @@ def unmask_counts(n, steps):
 
 
 def progressive_temperature(j):
-    """The temperature of generated frame j = 0, 1, 2 ... is 1.0, 0.91, 0.901 ... (paper App. B)."""
+    """The temperature of frame j = 0, 1, 2 ... is 1.0, 0.91, 0.901 ... (paper App. B); given frames do not count."""
     return 0.9 + 10.0 ** -(j + 1)

@@ -95,7 +95,7 @@ def mean_train_flops(c, n, frames, batch, cut):
 
 def muon_parameters(model, optimiser):
     """The matrices that Muon takes, none with "adamw"."""
-    _, *muon = make_optimisers(model, optimiser, 1e-3)
+    _, *muon = make_optimisers(model, optimiser)
     return [p for one in muon for group in one.param_groups for p in group["params"]]
 
 
@@ -215,7 +215,7 @@ def bench_train(a, model, device, dtype, grid, frames):
     c, n, batch = model.config, grid[0] * grid[1], a.batch or 4
     x, captions = torch.randn(batch, frames, *grid, c.channels, device=device), [CAPTION] * batch
     optimiser = PRESETS[a.preset]["training"]["optimiser"]
-    optimisers = make_optimisers(model, optimiser, 1e-5)
+    optimisers = make_optimisers(model, optimiser)
     split_attention = videomar.frame_causal_attention
 
     def step(t, cut):

@@ -86,7 +86,7 @@ def test_the_mean_mask_ratio():
 
 def test_flops_of_muon_are_those_torch_counts():
     model = VideoMAR(TINY, Words(TINY.text_dim))
-    muon = train.make_optimisers(model, "muon", 1e-3)[1]
+    muon = train.make_optimisers(model, "muon")[1]
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     with FlopCounterMode(display=False) as counter:

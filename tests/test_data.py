@@ -446,6 +446,7 @@ def test_a_tokenizer_is_trained_on_clips_and_the_model_on_the_same(folder, monke
     assert f"python train.py --tokenizer 'a b/tokenizer-4x8x8.pt' {options} trains on it" in out
     assert tokenizer.frames_option((4, 8, 8), 25) == "" and tokenizer.frames_option((2, 8, 8), 49) == ""
     assert tokenizer.frames_option((8, 8, 8), 49) == " --frames 49"  # 5, 13 and 25 have no whole groups of 8
+    assert tokenizer.frames_option((4, 8, 8), 1) == " --frames 5"  # a picture alone is no clip to train a model on
     code, _, err = call(monkeypatch, capsys, *args, "--fps", 5, "--frames", 9, module=tokenizer)  # at 5 there are 4
     assert code == 2 and "none of its 4 clips can be used" in err, err
 
@@ -642,10 +643,11 @@ def test_latents_of_other_clips_are_not_mixed(folder, monkeypatch):
 
 def test_encode_from_the_command_line(folder, tiny_files):
     fill(folder / "clips", 2)
-    args = ["--encode", "clips", "--out", "latents", "--size", "16x24", "--frames", 9]
+    fill(folder / "clips/out", 1)  # what a sampler wrote is not encoded
+    args = ["--encode", "clips", "--out", "clips/out", "--size", "16x24", "--frames", 9]
     done = script("tokenizer.py", *args, "--tokenizer", tiny_files / "tokenizer.pt")
     assert done.returncode == 0, done.stderr
-    assert "2 clips" in done.stdout and len(Latents(folder / "latents").batch([0, 1], 9, SIZE)[1]) == 2
+    assert "2 clips" in done.stdout and len(Latents(folder / "clips/out").batch([0, 1], 9, SIZE)[1]) == 2
 
 
 def test_many_clips_need_no_memory(folder):

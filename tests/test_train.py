@@ -206,7 +206,7 @@ def test_another_seed_and_another_number_draw_otherwise():
 
 def test_muon_takes_the_inner_matrices_and_adamw_the_rest():
     model = tiny_model()
-    adamw, muon = train.make_optimisers(model, "muon", 1e-3)
+    adamw, muon = train.make_optimisers(model, "muon")
     names = {p: name for name, p in model.named_parameters()}
     inner = {names[p] for p in muon.param_groups[0]["params"]}
     assert len(inner) == 2 * 7 + 3 * 3  # of two blocks and of three of the MLP's
@@ -217,7 +217,7 @@ def test_muon_takes_the_inner_matrices_and_adamw_the_rest():
     groups = adamw.param_groups + muon.param_groups
     assert [group["weight_decay"] for group in groups] == [0.02, 0, 0.02]
     assert groups[0]["betas"] == groups[1]["betas"] == (0.9, 0.95) and groups[2]["adjust_lr_fn"] == "match_rms_adamw"
-    assert len(train.make_optimisers(model, "adamw", 1e-3)) == 1
+    assert len(train.make_optimisers(model, "adamw")) == 1
     assert (train.GRAD_CLIP, train.EMA, train.MUON_LR) == (3.0, 0.9999, 3)
 
 
