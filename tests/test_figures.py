@@ -162,3 +162,16 @@ def test_attention_by_offset_finds_the_place_that_look_beside_chose(monkeypatch)
         maps = figures.attention_by_offset(model, torch.randn(2, 3, 6, 6, 16), ["a cat"] * 2, 2, layer=1, reach=2)
     assert maps.shape == (2, 2, 5, 5) and maps.sum((1, 2, 3)).max() <= 1.001
     assert maps.flatten(1).argmax(1).tolist() == [25 + 5 * 3 + 1] * 2  # dt = -1, dy = 1, dx = -1
+
+
+def test_the_watched_clip_fills_up(tmp_path):
+    """3 latent frames in 6 steps each: a picture is less grey than the one before, unless a new frame begins."""
+    figures.watch(tmp_path / "watch.gif")
+    with Image.open(tmp_path / "watch.gif") as animation:
+        assert animation.n_frames == 18
+        grey = []
+        for i in range(18):
+            animation.seek(i)
+            pixels = np.asarray(animation.convert("RGB")).astype(int)
+            grey.append((abs(pixels - 128).max(-1) <= 2).mean())
+    assert all(later < earlier for earlier, later in zip(grey, grey[1:])) and grey[-1] < 0.02 < grey[0]
