@@ -83,7 +83,7 @@ def check_writable(path):
     """Raises Bad unless a file can be written at `path`, whose folders may still be missing."""
     if path.is_dir():
         raise Bad(f"{path}: it is a folder; give the name of a file")
-    folder = next(p for p in path.absolute().parents if p.exists())
+    folder = next(p for p in path.absolute().parents if os.path.lexists(p))  # a link, too, that leads nowhere
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:

@@ -16,14 +16,17 @@ from data.world import World
 def write_latents(source, out, tokenizer, frames, size, device):
     """Encodes the middle of every clip of a `Folder`. Raises Bad.
 
-    A file that is there is never written again: a run that was killed goes on, and the ranks of torchrun share them.
+    A file that holds latents is never written again: a run that was killed goes on, and ranks of torchrun share them.
     """
     rank, world_size = ranks()
     settings = {"frames": frames, "size": size, "fps": source.fps, "clips": len(source.clips), "files": source.files,
                 "crc": tokenizer.crc}
     if not tokenizer.measured:
         tokenizer.measure(to_float(source.batch(range(16), frames, size)[0].to(device)))
+    orphans = any(out.glob("clip-*.pt"))  # looked for first: another rank may be writing now
     if not (out / "latents.pt").exists():
+        if orphans:
+            raise Bad(f"--out {out}: it holds latents of clips, but no latents.pt; choose another folder")
         if not any(source.read(i, frames, size, 0.5) for i in range(len(source.clips))):  # stops at the first good one
             raise Bad(f"{source.folder}: none of its {len(source.clips)} clips can be used; see the warnings")
         save({"kind": "latents", "tokenizer": tokenizer.pack(), "settings": settings}, out / "latents.pt")
@@ -31,7 +34,7 @@ def write_latents(source, out, tokenizer, frames, size, device):
         raise Bad(f"--out {out}: it holds latents of other clips, settings or tokenizer; choose another folder")
     for i in tqdm(range(rank, len(source.clips), world_size), "clips", disable=rank > 0):
         file = out / f"clip-{i:07d}.pt"
-        if file.exists():
+        if file.exists() and file.stat().st_size:  # a clip that could not be used is tried again
             continue
         if clip := source.read(i, frames, size, 0.5):
             video = to_float(torch.from_numpy(clip[0])[None].to(device))

@@ -61,7 +61,7 @@ def to_rgb(image):
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
 
 
-@lru_cache(100_000)  # these times take reading the whole file
+@lru_cache(100_000)  # it reads the whole file
 def timeline(path, changed):
     """When each picture of a clip appears, and at last when the last one goes, in seconds of its clock.
 
@@ -154,7 +154,7 @@ class Source:
 
     about = ""  # a line for the log
     files = None  # equal if --resume finds the same files
-    skipped = set()  # files that could not be used
+    skipped = set()  # files that could not be used, in one of the stages at least
     processes = False  # whether `read_ahead` takes processes
     packed, size = None, None  # of latents: their tokenizer, and the size of the clips that they are of
     fps = None  # pictures a second that were taken from the clips; None: all
@@ -173,7 +173,8 @@ class Source:
 def files_below(folder):
     """Yields the paths of files below a folder, also in linked folders, but each folder once; no hidden ones."""
     seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    warn = lambda e: tqdm.write(f"warning: skipped {e.filename}: {e.strerror}", sys.stderr)
+    for place, folders, names in os.walk(folder, onerror=warn, followlinks=True):
         if realpath(place) in seen:  # a link may lead back
             folders.clear()
             continue
@@ -215,7 +216,7 @@ class Folder(Source):
         except Bad as e:
             if path not in self.skipped:
                 self.skipped.add(path)
-                tqdm.write(f"warning: skipped {str(e).split(';')[0]}", sys.stderr)
+                tqdm.write(f"warning: skipped {str(e).rsplit(';', 1)[0]}", sys.stderr)
 
     def draw(self, seed, frames, size, length=None, change_until=0):
         """A clip, and the place in it, drawn by the seed; another one if it cannot be used. Raises Bad if none can."""

@@ -152,7 +152,7 @@ def render(scene, frames, height, width):
 
 
 def with_changes(scene, seed, latest):
-    """The scene with new motions from a frame in 1..latest on, as its caption tells (ours, for `sample.py --then`)."""
+    """Gives the scene's sprites new motions from a frame in 1..latest on; the caption tells them (ours, for --then)."""
     rng = np.random.default_rng((seed, 2))  # 0 and 1 are those of `scene`
     at = int(rng.integers(1, latest + 1))
     for s in scene.sprites:

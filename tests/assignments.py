@@ -7,7 +7,7 @@
 
 The repository itself is never changed. Of a folder only videomar.py is graded, by the version of the repository that
 handed it out. Grading runs it as you, each check in a process of its own with a time limit: for code that you do not
-trust, do this in a container.
+trust, do this in a container. It needs Linux or macOS.
 """
 import ast
 import csv
@@ -32,7 +32,7 @@ from data.files import Bad, Parser, check_writable, number, run, write
 
 ROOT, TESTS = Path(__file__).parent.parent, Path(__file__).parent
 CODE = ("videomar.py", "sample.py", "train.py", "tokenizer.py", "requirements.txt", "LICENSE", "data")
-STEPS, FRAMES, FILM_LIMIT = 100, 13, 900  # training steps of the reward, frames of its film, seconds for each part
+STEPS, FRAMES, FILM_LIMIT = 100, 13, 900  # training steps of the reward, frames of its film, seconds for each command
 
 
 # ------------------------------------------------------------------------------------------------------- start
@@ -63,13 +63,13 @@ def blank(source, names):
 
 
 def copy_code(folder):
-    """The code that trains and samples, and what it needs of data/."""
+    """The code that trains and samples, and what it needs of data/: files that may be written, whatever ours are."""
     unused = shutil.ignore_patterns("__pycache__", "*-strip.png", "demo.webp", "cat.gif", "videomar-128.pt")
     for name in CODE:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=unused)
+            shutil.copytree(ROOT / name, folder / name, ignore=unused, copy_function=shutil.copyfile)
         else:
-            shutil.copy(ROOT / name, folder / name)
+            shutil.copyfile(ROOT / name, folder / name)
 
 
 def start(folder, only):
@@ -163,7 +163,7 @@ def grade(folders, limit, path, film, only=None):
         if film and not only and points == len(EXERCISES):
             try:
                 make_film(folder)
-            except Bad as e:  # the films of the others are made all the same
+            except (Bad, OSError) as e:  # the films of the others are made all the same
                 print(f"    no film: {e}", flush=True)
 
 
@@ -177,7 +177,7 @@ def train_and_sample(source):
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         copy_code(scratch)
-        shutil.copy(source, scratch / "videomar.py")
+        shutil.copyfile(source, scratch / "videomar.py")
         for command in commands:
             with (scratch / "errors").open("w+") as errors:
                 if run_limited(command.split(), FILM_LIMIT, scratch, errors) != 0:

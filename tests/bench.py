@@ -16,7 +16,6 @@ and addition. A toy clip is sampled as on one's own clips: in six unmasking step
 import contextlib
 import json
 import os
-import resource
 import sys
 import time
 from dataclasses import replace
@@ -32,7 +31,7 @@ import videomar
 from data.files import Bad, Parser, choose_hardware, number, run, sizes
 from data.video import Source
 from sample import generate
-from tokenizer import Words, check_size
+from tokenizer import Words, check_clip
 from train import make_optimisers, stage_steps
 from videomar import PRESETS, Cache, Config, Diffusion, Sampling, VideoMAR, rope_angles, unmask_counts
 
@@ -107,8 +106,8 @@ def muon_flops(model, optimiser):
 
 # ------------------------------------------------------------------------------------------------------ measuring
 def synchronise(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def seconds(work, device):
@@ -138,6 +137,7 @@ def matmul_peak(device, dtype):
 def memory(device):
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU's memory at most"
+    import resource  # Windows has none
     unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux kilobytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     return f"{peak:.2f} GiB of memory at most, with Python and torch"
@@ -249,12 +249,9 @@ def bench_train(a, model, device, dtype, grid, frames):
 def measure(a):
     """`sample` and `train` -> a dict of numbers."""
     device, dtype, autocast = choose_hardware(a)
-    check_size(a.stride, a.frames, *a.size)
-    if a.frames <= a.stride[0]:
-        raise Bad(f"--frames {a.frames}: at least {1 + a.stride[0]} are needed")
+    check_clip(a.stride, a.frames, *a.size)
     grid, frames = (a.size[0] // a.stride[1], a.size[1] // a.stride[2]), 1 + (a.frames - 1) // a.stride[0]
     torch.manual_seed(0)
-    torch.set_flush_denormal(True)
     config = PRESETS[a.preset]["model"]
     model = VideoMAR(config, Words(config.text_dim)).to(device)
     print(f"{a.what}: {a.preset}, {frames} latent frames of {grid[0]}x{grid[1]} tokens, {device}, {dtype}, "
@@ -288,9 +285,7 @@ def plan(a):
     if batch % parts or parts % a.gpus:
         raise Bad(f"--batch {batch} in --parts {parts} on --gpus {a.gpus}: each must be a multiple of the next")
     for length in frames:
-        check_size(a.stride, length, *size)
-        if length <= a.stride[0]:
-            raise Bad(f"--frames {length}: at least {1 + a.stride[0]} are needed")
+        check_clip(a.stride, length, *size)
     with torch.device("meta"):
         model = VideoMAR(c, Words(c.text_dim))
     count, words = (sum(p.numel() for p in module.parameters()) for module in (model, model.text))

@@ -77,8 +77,8 @@ def nearest_colour(colour):
 
 
 def path_length(places):
-    """Length of the paths of centres (sprite, frames, 2) in pixels: of every fourth frame, in which a read-out's errors
-    of a fraction of a pixel add up to less."""
+    """Length in pixels of the paths through every fourth of the centres (sprite, frames, 2): so the errors of a
+    read-out, fractions of a pixel, add up to less."""
     return np.hypot(*np.diff(places[:, ::4], axis=1).T).sum()
 
 
@@ -130,7 +130,7 @@ def evaluate(model, tokenizer, count, frames, size, sampling, out, context=1, pr
     """
     device, start, stride = next(model.parameters()).device, time.time(), tokenizer.stride[0]
     last_given = stride * (context - 1)
-    spans = [slice(1 + f, 1 + f + stride) for f in range(last_given, frames - 1, stride)]  # of latent frames
+    spans = [slice(1 + f, 1 + f + stride) for f in range(last_given, frames - 1, stride)]  # pixel frames
     psnrs, measures, shown = [], [], []
     for first in tqdm(range(0, count, batch), "batches"):
         seeds = range(first, min(first + batch, count))
@@ -193,7 +193,7 @@ def read_prompts(path, size):
     except (OSError, KeyError, ValueError, csv.Error) as e:
         reason = f"it cannot be read ({e if isinstance(e, csv.Error) else type(e).__name__})"
         raise Bad(f"{path}: {reason}; give a csv in UTF-8 whose first line is image,prompt") from None
-    rows, checked, faults = {}, set(), []
+    rows, seen, checked, faults = {}, set(), set(), []
     for image, prompt, longer in table:
         if longer:
             faults.append(f"the row of {image!r} has too many columns: a prompt with commas needs quotes")
@@ -202,9 +202,10 @@ def read_prompts(path, size):
             faults.append(f"the row of {image or prompt!r} has no picture or no prompt")
             continue
         name = re.sub(r"[/\0]", "_", prompt).encode()[:230].decode(errors="ignore")  # one that a file can have
-        if name in rows:
+        if name.casefold() in seen:  # on some systems these are one file
             faults.append(f"{image}: another row has the file name {name!r}, by which VBench finds a clip")
         rows[name] = find(Path(image)), prompt
+        seen.add(name.casefold())
         if image not in checked:
             checked.add(image)
             try:

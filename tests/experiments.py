@@ -29,7 +29,7 @@ from data import world
 from data.files import DATA, Bad, Parser, choose_hardware, load, number, run, sizes, write
 from data.video import psnr, to_float, to_uint8, write_strip, write_video
 from evaluate import centres, evaluate, fit_shape, sprite_masks
-from sample import generate, load_model
+from sample import generate, load_model, stored_as
 from train import stage_steps
 from videomar import Sampling
 
@@ -51,9 +51,9 @@ class Lab:
         trained = Path("out/videomar.pt")
         self.ckpt = a.ckpt or (trained if trained.exists() else DATA / "videomar.pt")
         checkpoint = load(self.ckpt, "videomar")
-        if checkpoint["tokenizer"]["stride"] != (4, 8, 8):  # clips of 25 frames of 64x64, as latent frames count here
+        if checkpoint["tokenizer"]["stride"] != (4, 8, 8):  # frames and sizes of the experiments suit it
             raise Bad(f"--ckpt {self.ckpt}: the experiments need the stride 4x8x8; tests/evaluate.py scores others")
-        self.sampling = Sampling(**checkpoint["sampling"])
+        self.sampling = stored_as(Sampling, checkpoint["sampling"])
         self.file = self.folder / "results.json"
         try:
             self.results = json.loads(self.file.read_text()) if self.file.exists() else {}
@@ -141,30 +141,30 @@ class Lab:
         self.bar.update()
         return self.results[key]
 
-    def score(self, key, ckpt=None, frames=25, size=(64, 64), context=1, prompt=None, seed=0, **changes):
+    def score(self, key, ckpt=None, frames=25, size=(64, 64), context=1, prompt=None, **changes):
         """What `evaluate` returns. changes: of how the checkpoint samples."""
         ckpt = ckpt or self.ckpt
 
         def compute():
             model, tokenizer = self.model(ckpt)
-            sampling = replace(Sampling(**load(ckpt, "videomar")["sampling"]), **changes)
+            sampling = replace(stored_as(Sampling, load(ckpt, "videomar")["sampling"]), **changes)
             batch = max(1, 16 * 25 * 64 * 64 // (frames * size[0] * size[1]))
-            torch.manual_seed(seed)  # all scores share their draws
+            torch.manual_seed(0)  # all scores share their draws
             with self.autocast, silent():
                 return evaluate(model, tokenizer, self.a.clips, frames, size, sampling, self.folder / f"{key}.png",
                                 context, prompt, batch=batch)
         return self.once(key, compute)
 
-    def table(self, head, rows):
-        """Prints and writes a Markdown table; rows: label, then cells."""
+    def table(self, head, rows, clips=None):
+        """Prints and writes a Markdown table; rows: label, then cells; clips: how many, if they are not --clips."""
         lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)]
         minutes = (time.time() - self.start) / 60
         machine = platform.processor() or platform.machine()
-        note = (f"`python tests/experiments.py {' '.join(sys.argv[1:])}`, {self.a.clips} clips, {machine}, "
+        note = (f"`python tests/experiments.py {' '.join(sys.argv[1:])}`, {clips or self.a.clips} clips, {machine}, "
                 f"{self.device}, {minutes:.0f} min in this run, {time.strftime('%Y-%m-%d')}")
         self.bar.close()
         text = "\n".join([*lines, "", note, ""])
-        (self.a.out / f"{self.a.name}.md").write_text(text)
+        write(self.a.out / f"{self.a.name}.md", lambda part: part.write_text(text, "utf-8"))
         print(text)
 
 
@@ -288,7 +288,7 @@ def guidance(lab):
 
 @experiment
 def steps(lab):
-    """Unmasking steps x diffusion steps: quality against seconds."""
+    """Unmasking steps x diffusion steps: quality against seconds, those of the whole evaluation."""
     columns, rows = (10, 25, 50, 100), []
     for unmask in (1, 2, 4, 8, 16, 64):
         row = [unmask]
@@ -358,7 +358,7 @@ def finetune(lab):
     learned = lab.once("learned", lambda: score_blinking(lab, tuned, "learned", range(8)))
     rows = [("before", before), ("after 800 steps on 8 clips", after), ("the 8 clips themselves", learned)]
     lab.table(["", "PSNR, dB", "frames in which the eyes are open or closed as they should"],
-              [[label, f"{result['psnr']:.2f}", f"{result['eyes']:.2f}"] for label, result in rows])
+              [[label, f"{result['psnr']:.2f}", f"{result['eyes']:.2f}"] for label, result in rows], len(others))
 
 
 def read_sprite(video, background):
@@ -366,7 +366,7 @@ def read_sprite(video, background):
 
     Its truth is not known. A pixel is the sprite's if it is nearer to one of the colours than to the background's
     mixtures with white. The direction is that of the motion, bounces and all, that leads most nearly where the sprite
-    goes from its place in frame 0.
+    goes from its place in frame 0. Three None if there is no sprite in frame 0.
     """
     frames, height, width, _ = video.shape
     names, side = [name for name in world.COLOURS if name != background], min(height, width)
@@ -377,6 +377,8 @@ def read_sprite(video, background):
     counts = np.bincount(nearest[0][nearest[0] < len(names)], minlength=len(names))
     colour = counts.argmax()
     mask = nearest == colour
+    if not mask[0].any():
+        return None, None, None
     shape, y, x, radius = fit_shape(mask[0], np.linspace(0.11, 0.2, 10) * side, 0.0)
     places, errors = centres(mask), {}
     for motion in world.VELOCITIES:
@@ -411,7 +413,7 @@ def text2video(lab):
 
     labels = "generated", "drawn (what the read-out itself gets right)"
     rows = [[label, *(f"{value:.2f}" for value in row)] for label, row in zip(labels, lab.once("text2video", compute))]
-    lab.table([f"{len(scenes)} captions", "shape", "colour", "direction"], rows)
+    lab.table([f"{len(scenes)} captions", "shape", "colour", "direction"], rows, len(scenes))
 
 
 @experiment
@@ -445,7 +447,7 @@ def then(lab):
     for label, change in (("the first caption throughout", False), ("the second from frame 13 on", True)):
         error, spread = lab.once(f"then-{change}", lambda: compute(change))
         rows.append([label, f"{error:.2f} ± {spread:.2f}"])
-    lab.table(["caption", "error of the distance moved after the change, px"], rows)
+    lab.table(["caption", "error of the way moved after the change, px"], rows)
 
 
 def main():

@@ -1,4 +1,4 @@
-"""Draws the six drawings of README (no film strips) again, into data/: in a minute on two cores.
+"""Draws six figures of README again, all but its *-strip.png and animations of samples: in a minute on two cores.
 
     python tests/figures.py                 all of them
     python tests/figures.py mask heads      some of them

@@ -151,6 +151,7 @@ WRONG = [
      "                             torch.cat([v[:, :, :end - n].detach(), v[:, :, end - n:end]], 2))",
      "frame_causal_attention, by q, k and v: part of a gradient"),
     (5, "scores.softmax(-1) @ v", "scores.double().softmax(-1) @ v.double()", "of torch.float64"),
+    (5, "return torch.cat(frames, 2)", "return torch.cat(frames, 1)", "frame_causal_attention: its shape is"),
     (5, "end = earlier + start + n\n", "end = k.shape[2]\n", "which must not change when later frames do"),
     (5, "earlier = k.shape[2] - q.shape[2]", "earlier = 0", "queries from frame"),
     (5, "return torch.cat(frames, 2)",
@@ -170,10 +171,11 @@ WRONG = [
      "    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)", "turns into channel 1"),
     (6, "    cos, sin = cos.to(x.dtype), sin.to(x.dtype)\n", "", "of x in bfloat16"),
     (6, "place[:, None] * frequencies", "place.abs()[:, None] * frequencies", "top 2.5: angles: at"),
+    (6, "place[:, None] * frequencies", "place[:, None] @ frequencies[None]", "rope_angles under autocast"),
     (6, "a, b = x.chunk(2, -1)", "a, b = x.detach().chunk(2, -1)", "rotate, by x: no gradient flows"),
     (6, "a, b = x.chunk(2, -1)", "a, b = x.chunk(2, -1)\n    a = a.detach()", "rotate, by x: part of a gradient"),
     (6, "return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)",
-     "a = a * cos - b * sin\n    return torch.cat([a, a * sin + b * cos], -1)", "is a overwritten"),
+     "a = a * cos - b * sin\n    return torch.cat([a, a * sin + b * cos], -1)", "nothing is left of channel 0"),
 
     (7, "torch.cat([angles.cos(), angles.sin()], -1)) + self", "torch.cat([angles.sin(), angles.cos()], -1)) + self",
      "fastest number"),
@@ -184,6 +186,8 @@ WRONG = [
     (7, "c = F.silu(self.time(torch.cat([angles.cos(), angles.sin()], -1)) + self.condition(z))",
      "c = self.time(torch.cat([angles.cos(), angles.sin()], -1)) + self.condition(z)", "the result"),
     (7, " + self.condition(z))", ")", "z changes nothing"),
+    (7, "timestep[:, None].float() * frequencies", "timestep[:, None].float() @ frequencies[None]",
+     "the time embedding under autocast"),
     (7, "shift, scale, gate = modulate", "scale, shift, gate = modulate", "a shift in block 0"),
     (7, "x = x + gate * mlp(", "x = gate * mlp(", "all modulations are 0"),
     (7, "x = x + gate * mlp(", "x += gate * mlp(", "was changed in place"),
@@ -250,6 +254,9 @@ WRONG = [
     (9, "eps, v = net(x, self.timesteps[i], z)", "eps, v = net(x, i, z)", "not the step i"),
     (9, "eps, v = net(x, self.timesteps[i], z)", "eps, v = net(x, self.timesteps[i], z.detach())", "z has a gradient"),
     (9, "self.timesteps[i], z).float()", "self.timesteps[i], z)", "computed in float32"),
+    (9, "(weight * (eps - noise) ** 2 + variational).mean(-1)",
+     "torch.einsum('tc, tc -> t', weight * (eps - noise), eps - noise) / eps.shape[1] + variational.mean(-1)",
+     "under autocast"),
     (9, "(weight * (eps - noise) ** 2 + variational)", "(weight * (eps - noise) ** 2)",
      "the variational term is missing"),
     (9, "torch.full_like(v, -1))  # its", "v)  # its", "the divergence of the variances"),
@@ -265,6 +272,10 @@ WRONG = [
      "t = 0: 24 tokens are run"),
     (10, "(t + 1) * n if config.cuts else frames * n", "(t + 1) * n", "full: 18 tokens"),
     (10, "text, grid)", "text, grid[::-1])", "gets the grid (2, 3)"),
+    (10, "n = grid[0] * grid[1]\n        x = x.flatten", "n = grid[0] + grid[1]\n        x = x.flatten",
+     "(16, 4, 5, 2)]; of this x"),
+    (10, "x0 = x.take_along_dim(places[..., None], 1)", "x0 = (F.one_hot(places, x.shape[1]).float() @ x)",
+     "the targets are rounded"),
     (10, "draw_masked(batch, frames, n, t, x.device)", "draw_masked(batch, frames, n, t)", "the device of x"),
     (10, "text = self.read_text(captions, torch.rand(batch, device=x.device) < config.text_drop)",
      "with torch.no_grad():\n"
@@ -275,7 +286,7 @@ WRONG = [
     (10, "(t + 1) * n if config.cuts else frames * n",
      '(t + 1) * n if config.attention == "causal" else frames * n', "total-mask: 18 tokens"),
     (10, "self.draw_masked(batch, frames, n, t, x.device)", "self.draw_masked(batch, n, frames, t, x.device)",
-     "are [(16, 6, 4, 2)]"),
+     "(16, 6, 4, 2)]; of this x"),
     (10, "self.draw_masked(batch, frames, n, t, x.device)", "self.draw_masked(batch, frames, n, t + 1, x.device)",
      "are [(16, 4, 6, 3)]"),
     (10, "self.diffusion.loss(self.diffusion_mlp, x0, z, config.snr_clip).mean()",
@@ -301,7 +312,7 @@ WRONG = [
      'progressive_temperature.j = j = getattr(progressive_temperature, "j", -1) + 1\n'
      "    return 0.9 + 10.0 ** -(j + 1)", "progressive_temperature(0) is 0.9;"),
     (1, "math.cos(math.pi / 2 * (len(counts) + 1) / steps)",
-     "torch.tensor(math.pi / 2 * (len(counts) + 1) / steps).cos().item()", "in double precision: after step 2,"),
+     "torch.tensor(math.pi / 2 * (len(counts) + 1) / steps).cos().item()", "with a cosine in double precision"),
     (2, "keys[:, :, self.length:end] = k\n", "self.buffer[layer:, 0, :, :, self.length:end] = k\n",
      "the buffer of layer 1 has changed"),
     (2, "return keys[:, :, :end], values[:, :, :end]", "return keys[:, :, :end].double(), values[:, :, :end].double()",
@@ -394,6 +405,8 @@ WRONG = [
      "keys.view(-1, *keys.shape[2:])[:, self.length:end] = k.view(-1, *k.shape[2:])", "in update, line"),
     (3, "return c0 * x0 + cx * x,", "return c0 * x0.clamp(-4, 4) + cx * x,", "posterior's mean with step 7: at"),
     (3, "return a * x0 + s * noise", "return a * x0.clamp(-4, 4) + s * noise", "q_sample in step 0"),
+    (3, "return c0 * x0 + cx * x,", "return torch.einsum('ktc, ktc -> tc', torch.stack([c0 + 0 * x, cx + 0 * x]), "
+     "torch.stack([x0, x])),", "posterior under autocast"),
     (3, "c0, cx, low, high = self.table[2:, i]", "c0, cx, low, high = self.table[2:, i]\n        high -= low",
      "`self.table` is changed"),
     (4, "places = begin + torch.rand(batch, end - begin, device=device).argsort(1)[:, :count]",
@@ -401,8 +414,8 @@ WRONG = [
      "        order = torch.rand(batch, k, (end - begin) // k).argsort(2) + torch.arange(k)[:, None] * n\n"
      "        places = begin + order.transpose(1, 2).flatten(1)[:, :count]", "each frame has as many masked tokens"),
     (4, "return masked.scatter(1, places, True), places",
-     "places = places.sort(1).values\n        places[:, 1] = places[:, 0]\n"
-     "        return masked.scatter(1, places, True), places", "7 tokens of frame t are masked"),
+     "masked = masked.scatter(1, places, True)\n        masked[5, places[5, 0]] = False\n"
+     "        return masked, places", "7 tokens of frame t are masked"),
     (4, "return masked.scatter(1, places, True), places",
      "masked = masked.scatter(1, places, True)\n        places[:, 1] = places[:, 0]\n        return masked, places",
      "a place comes twice"),
@@ -429,12 +442,12 @@ WRONG = [
      "x0 = x[:, t * n:(t + 1) * n].take_along_dim((places % n)[..., None], 1)",
      "total-mask, t = 2: a target is no token"),
     (10, "self.draw_masked(batch, frames, n, t, x.device)", "self.draw_masked(batch, x.shape[1], n, t, x.device)",
-     "[(16, 24, 6, 2)]; it must be called once"),
+     "(16, 24, 6, 2)]; of this x"),
     (10, "self.draw_masked(batch, frames, n, t, x.device)", "self.draw_masked(batch, frames, n, max(t, 1), x.device)",
      "t = 0: `self.draw_masked` gets t = 1"),
     (10, "self.draw_masked(batch, frames, n, t, x.device)",
      "self.draw_masked(batch, frames if config.cuts else x.shape[1], n, t, x.device)",
-     "they must be (16, 4, 6, 2)"),
+     "(16, 4, 6, 2), (16, 24, 6, 2)]; of"),
     (10, "text = self.read_text(captions, torch.rand(batch, device=x.device) < config.text_drop)",
      "null = torch.rand(batch) < config.text_drop\n"
      "        captions = ['' if no else caption for no, caption in zip(null, captions)]\n"
@@ -451,6 +464,12 @@ RIGHT = [
      "    counts, left = [], n\n    while left:\n        stay = max(0, min(int(stays[len(counts)]), left - 1))\n"
      "        counts.append(left - stay)\n        left = stay\n    return counts\n"),
     (1, "return 0.9 + 10.0 ** -(j + 1)", "return torch.tensor(0.9 + 10.0 ** -(j + 1))"),
+    (1, "    return counts\n", "    import numpy\n    return list(numpy.array(counts))\n"),
+    (1, "counts, left = [], n\n",  # a list of the tokens
+     "counts, hidden = [], list(range(n))\n    while hidden:\n"
+     "        goal = int(n * math.cos(math.pi / 2 * (len(counts) + 1) / steps))\n"
+     "        goal = max(0, min(goal, len(hidden) - 1))\n        counts.append(len(hidden) - goal)\n"
+     "        hidden = hidden[:goal]\n    return counts\n"),
     (2, "return keys[:, :, :end], values[:, :, :end]", "return keys[:, :, :end].clone(), values[:, :, :end].clone()"),
     (3, "return a * x0 + s * noise",
      "return torch.stack([a * x + s * y for x, y, a, s in zip(x0, noise, a.expand(len(x0), 1), "
@@ -539,6 +558,17 @@ def test_start_writes_a_folder_and_changes_nothing_else(folder):
     text, code = (folder / "one/README.md").read_text(), (folder / "one/videomar.py").read_text()
     assert code.count("is not written yet") == 2 and "## 3." in text and "## 4." not in text
     assert f"{ROOT}/README.md" in text and f"{ROOT}/tests/assignments.py grade ." in text
+
+
+def test_what_a_student_gets_may_be_written_though_the_project_may_not(folder, monkeypatch):
+    monkeypatch.setattr(assignments, "ROOT", folder / "project")
+    (folder / "project/data").mkdir(parents=True)
+    for name in (*assignments.CODE[:-1], "data/world.py"):
+        (folder / "project" / name).touch(0o444)
+    (folder / "mine").mkdir()
+    assignments.copy_code(folder / "mine")
+    files = [path for path in (folder / "mine").rglob("*") if path.is_file()]
+    assert len(files) == len(assignments.CODE) and all(path.stat().st_mode & 0o200 for path in files)
 
 
 def test_each_hint_costs_a_look(capsys, monkeypatch):

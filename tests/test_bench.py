@@ -114,6 +114,11 @@ def test_how_time_is_taken(monkeypatch):
         patch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: log.append("clock") or len(log)))
         assert bench.seconds(lambda: log.append("work"), cpu) == 3
     assert log == ["wait", "clock", "work", "wait", "clock"]
+    with monkeypatch.context() as patch:  # any accelerator is waited for, a CPU needs none
+        patch.setattr(torch.accelerator, "synchronize", lambda: log.append("accelerator"))
+        bench.synchronise(cpu)
+        bench.synchronise(torch.device("mps"))
+    assert log[5:] == ["accelerator"]
     one, two, times, products = iter([0, 1, 3, 7]), iter([0, 10, 30, 20]), iter([4, 2, 0.5, *[8] * 5]), []
     monkeypatch.setattr(bench, "seconds", lambda work, device: work())
     assert bench.median_seconds([lambda: next(one), lambda: next(two)], cpu, 3) == [3, 20]

@@ -93,6 +93,9 @@ def test_what_is_read_or_cannot_be_written_is_told_before_sampling(tiny, folder,
     code, _, err = tiny("--img", "a-strip.png", "--out", "a.gif")
     assert code == 2 and "would be overwritten" in err
     Image.new("L", (64, 64)).save("c.png")
+    (folder / "gone").symlink_to("nowhere")
+    code, _, err = tiny("--img", "c.png", "--out", "gone/x.gif")
+    assert code == 2 and "gone is not a folder that can be written" in err
     (folder / "link.png").symlink_to("c.png")
     for read in (folder / "c.png", "link.png"):  # other names of what would be written
         code, _, err = tiny("--img", read, "--out", "c.png")

@@ -503,6 +503,39 @@ def test_encode_of_a_clip_that_is_damaged_where_it_is_read(folder, monkeypatch):
     assert not (folder / "latents").exists()
 
 
+def test_a_clip_that_could_not_be_read_for_a_while_is_encoded_later(folder, monkeypatch):
+    fill(folder / "clips", 2)
+    out, net, read = folder / "latents", tiny_tokenizer(), data.video.read_clip
+    with monkeypatch.context() as patch:
+        patch.setattr(data.video, "read_clip", lambda path, *args: read(
+            path if "clip0" in path.name else Path("away"), *args))
+        encode(folder / "clips", out, net, 9, SIZE)
+    assert [file.stat().st_size > 0 for file in sorted(out.glob("clip-*"))] == [True, False]
+    encode(folder / "clips", out, net, 9, SIZE)
+    assert len(Latents(out).clips) == 2
+    os.remove(out / "latents.pt")  # what made the others is not known any more
+    with pytest.raises(Bad, match="no latents.pt"):
+        encode(folder / "clips", out, net, 5, SIZE)
+
+
+def test_a_folder_that_may_not_be_read_is_told(folder, monkeypatch, capsys):
+    fill(folder / "clips", 1)
+    fill(folder / "clips/locked", 1)
+    write_video(folder / "clips/a;b.gif", np.zeros((3, *SIZE, 3), np.uint8), 10)
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    source = Folder(folder / "clips")
+    assert len(source.clips) == 2 and f"skipped {folder / 'clips/locked'}: Permission denied" in capsys.readouterr().err
+    source.batch(range(20), 9, SIZE)
+    assert "a;b.gif: 1 frames, 9 are needed" in capsys.readouterr().err
+
+
 def test_a_clip_may_be_called_latents(folder):
     write_video(folder / "clips/latents.gif", world.clip(0, 5, 16, 24)[0], 12)
     assert isinstance(open_source(folder / "clips"), Folder)

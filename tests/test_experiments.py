@@ -198,7 +198,7 @@ class Notes:
     def once(self, key, function):
         return function()
 
-    def table(self, head, rows):
+    def table(self, head, rows, clips=None):
         assert all(len(row) == len(head) for row in rows)
         self.rows = rows
 
@@ -314,6 +314,11 @@ def test_a_sprite_is_read_from_its_pixels(shape, place, radius, direction):
     sprite = world.Sprite(shape, "blue", f"moves {direction} slowly", *place, radius)
     video = world.render(world.Scene([sprite], "green", 2.0), 25, 64, 96)
     assert experiments.read_sprite(video, "green") == (shape, "blue", direction)
+
+
+def test_no_sprite_is_not_read_as_one():
+    empty = world.render(world.Scene([], "green", 2.0), 25, 64, 64)
+    assert experiments.read_sprite(empty, "green") == (None, None, None)
 
 
 def test_then_measures_the_motion_after_the_change(folder):
