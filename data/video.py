@@ -71,7 +71,9 @@ def timeline(path, changed):
         with need("av", path).open(str(path)) as file:
             stream = file.streams.video[0]
             start = stream.start_time or 0  # a file cut without a new encoding has packets before it
-            shown = [p.pts for p in file.demux(stream) if p.pts is not None and p.pts >= start]
+            vp8 = stream.codec.name == "vp8"  # it has packets that are never shown, told by a bit
+            shown = [p.pts for p in file.demux(stream) if p.pts is not None and p.pts >= start
+                     and not (vp8 and bytes(p)[0] & 16 == 0)]
             times = np.sort(shown) * float(stream.time_base)
         return np.append(times, times[-1] + float(1 / (stream.average_rate or 25)))
     durations = []

@@ -226,6 +226,26 @@ def test_mp4_with_many_key_frames(folder, codec, settings):
         assert abs(got.astype(int) - video[first:first + 12]).max() < 6
 
 
+@pytest.mark.skipif(not HAS_AV, reason="needs av")
+def test_a_video_with_packets_that_are_not_shown(folder):
+    """As an encoder of VP8 writes, in two passes, to predict later pictures from. Here each fifth comes twice."""
+    import av
+    video = np.repeat(np.arange(0, 240, 8, dtype=np.uint8), 32 * 32 * 3).reshape(30, 32, 32, 3)
+    with av.open("a.webm", "w") as file:
+        stream = file.add_stream("libvpx", rate=10, width=32, height=32, pix_fmt="yuv420p", options={"g": "1"})
+        frames = [av.VideoFrame.from_ndarray(frame) for frame in video]
+        packets = [packet for frame in [*frames, None] for packet in stream.encode(frame)]
+        for i, packet in enumerate(packets):
+            data = bytes(packet)
+            for content, place in [(bytes([data[0] & ~16]) + data[1:], i - 0.5)] * (i % 5 == 4) + [(data, i)]:
+                copy = av.Packet(content)
+                copy.stream, copy.time_base, copy.is_keyframe = stream, Fraction(1, 1000), True
+                copy.pts = copy.dts = int(100 * place)
+                file.mux(copy)
+    assert len(timeline(folder / "a.webm", 0)) == 31
+    assert abs(read_clip(folder / "a.webm", (32, 32), 30).astype(int) - video).max() < 8
+
+
 @pytest.mark.skipif(not HAS_AV, reason="needs the package av")
 def test_mp4_that_was_cut_without_encoding_it_anew(folder):
     """It has packets before its beginning; what a player shows is what is read."""
