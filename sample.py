@@ -189,11 +189,16 @@ def options_parser():
     return parser
 
 
+def find_checkpoint(named):
+    """The one that is named, else that of the last training here, else the one that ships."""
+    trained = Path("out/videomar.pt")
+    return named or (trained if trained.exists() else DATA / "videomar.pt")
+
+
 def open_model(a):
     """The model that the options name -> model, tokenizer, checkpoint, sampling, frames, size, autocast. Raises Bad."""
     device, dtype, autocast = choose_hardware(a)
-    trained = Path("out/videomar.pt")
-    a.ckpt = a.ckpt or (trained if trained.exists() else DATA / "videomar.pt")
+    a.ckpt = find_checkpoint(a.ckpt)
     model, tokenizer, checkpoint = load_model(a.ckpt, device, dtype, a.text, a.tokenizer)
     asked = {name: value for name, value in vars(a).items() if value is not None}
     sampling = stored_as(Sampling, {**checkpoint["sampling"], **asked})

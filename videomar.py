@@ -174,7 +174,7 @@ def attend(q, k, v, mask=None):
 
 
 def frame_causal_attention(q, k, v, n):
-    """Each frame of n tokens sees itself and all earlier frames (paper 4.1), of which k and v may have more than q.
+    """Each frame of n tokens sees itself and all earlier ones (paper 4.1); k and v may hold more of these than q.
 
     There is no mask: one product for each frame, its queries against the keys up to its end, computes the same.
     """

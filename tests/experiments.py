@@ -26,10 +26,10 @@ import torch
 from tqdm import tqdm
 
 from data import world
-from data.files import DATA, Bad, Parser, choose_hardware, load, number, run, sizes, write
+from data.files import Bad, Parser, choose_hardware, load, number, run, sizes, write
 from data.video import psnr, to_float, to_uint8, write_strip, write_video
 from evaluate import centres, evaluate, fit_shape, sprite_masks
-from sample import generate, load_model, stored_as
+from sample import find_checkpoint, generate, load_model, stored_as
 from train import stage_steps
 from videomar import Sampling
 
@@ -48,8 +48,7 @@ class Lab:
         self.a, self.folder = a, a.out / a.name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.device, self.dtype, self.autocast = choose_hardware(a)
-        trained = Path("out/videomar.pt")
-        self.ckpt = a.ckpt or (trained if trained.exists() else DATA / "videomar.pt")
+        self.ckpt = find_checkpoint(a.ckpt)
         checkpoint = load(self.ckpt, "videomar")
         if checkpoint["tokenizer"]["stride"] != (4, 8, 8):  # frames and sizes of the experiments suit it
             raise Bad(f"--ckpt {self.ckpt}: the experiments need the stride 4x8x8; tests/evaluate.py scores others")
