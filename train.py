@@ -58,8 +58,8 @@ def options_parser():
     add("--text", help="folder or name of a text encoder for transformers, such as Qwen/Qwen2-1.5B (learned words)")
     start.add_argument("--init", type=Path, help="start from the averaged weights of this checkpoint (from nothing)")
     start.add_argument("--resume", action="store_true", help="go on exactly where the run in --out stopped (off)")
-    add("--out", type=Path, default=Path("out"), help="folder to write; ckpt.pt and log.csv of a run before become "
-                                                       "ckpt-before.pt and log-before.csv, other files are lost (out)")
+    add("--out", type=Path, default=Path("out"), help="folder to write; an earlier ckpt.pt and log.csv stay "
+                                                       "there as ckpt-before.pt and log-before.csv (out)")
     add("--batch", type=number(int, 1), help="clips a step, over all ranks (by the preset: 16, 64)")
     add("--parts", type=number(int, 1, 2**10), help="parts of a batch over all ranks, each rank's in turn (one a rank)")
     add("--optimiser", choices=("adamw", "muon"), help="muon: AdamW, but Muon for the inner matrices (by the preset)")
@@ -70,7 +70,7 @@ def options_parser():
     add("--seed", type=number(int, 0, 2**22 - 1), help="of the weights and of all draws (0)")
     add("--save-every", type=number(int, 1), help="steps between checkpoints (500)")
     add("--attention", choices=("causal", "full"), help="full is an ablation of the paper's Table 4 (causal)")
-    add("--loss", choices=("next-frame", "total-mask"), help="total-mask: in Table 4 with full attention (next-frame)")
+    add("--loss", choices=("next-frame", "total-mask"), help="total-mask: Table 4, with --attention full (next-frame)")
     add("--position", choices=("rope", "absolute"), help="absolute is the ablation of the paper's App. A (rope)")
     add("--compile", action="store_true", help="torch.compile the blocks and the MLP: slow to start, fast later (off)")
     add("--recompute", action="store_true", help="compute activations again in the backward pass: less memory (off)")

@@ -55,7 +55,7 @@ class Latents(Source):
             raise Bad(f"{folder}: {len(self.clips)} clips in {len(files)} files, of which there should be "
                       f"{settings.get('clips')}; run tokenizer.py --encode again")
         self.size, self.frames, self.fps = settings["size"], settings["frames"], settings["fps"]
-        self.files = settings
+        self.files = {**settings, "clips": len(self.clips)}  # encoded again, they may be more
         self.about = f"{folder}: {len(self.clips)} clips of latents, {self.frames} frames {self.size[0]}x{self.size[1]}"
 
     def draw(self, seed, frames, size, length=None, change_until=0):

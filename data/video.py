@@ -156,7 +156,7 @@ class Source:
 
     about = ""  # a line for the log
     files = None  # equal if --resume finds the same files
-    skipped = set()  # files that could not be used, in one of the stages at least
+    skipped = set()  # files that could not be used in at least one stage
     processes = False  # whether `read_ahead` takes processes
     packed, size = None, None  # of latents: their tokenizer, and the size of the clips that they are of
     fps = None  # pictures a second that were taken from the clips; None: all

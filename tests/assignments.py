@@ -7,7 +7,7 @@
 
 The repository itself is never changed. Of a folder only videomar.py is graded, by the version of the repository that
 handed it out. Grading runs it as you, each check in a process of its own with a time limit: for code that you do not
-trust, do this in a container. It needs Linux or macOS.
+trust, do this in a container. Grading needs Linux or macOS.
 """
 import ast
 import csv
@@ -63,11 +63,12 @@ def blank(source, names):
 
 
 def copy_code(folder):
-    """The code that trains and samples, and what it needs of data/: files that may be written, whatever ours are."""
+    """The code that trains and samples, and what it needs of data/; all of it may be written, whatever ours may."""
     unused = shutil.ignore_patterns("__pycache__", "*-strip.png", "demo.webp", "cat.gif", "videomar-128.pt")
     for name in CODE:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=unused, copy_function=shutil.copyfile)
+            (folder / name).chmod(0o755)
         else:
             shutil.copyfile(ROOT / name, folder / name)
 

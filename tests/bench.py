@@ -137,7 +137,10 @@ def matmul_peak(device, dtype):
 def memory(device):
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU's memory at most"
-    import resource  # Windows has none
+    try:
+        import resource
+    except ImportError:
+        return "memory is not measured on Windows"
     unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux kilobytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     return f"{peak:.2f} GiB of memory at most, with Python and torch"

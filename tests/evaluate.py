@@ -130,7 +130,7 @@ def evaluate(model, tokenizer, count, frames, size, sampling, out, context=1, pr
     """
     device, start, stride = next(model.parameters()).device, time.time(), tokenizer.stride[0]
     last_given = stride * (context - 1)
-    spans = [slice(1 + f, 1 + f + stride) for f in range(last_given, frames - 1, stride)]  # pixel frames
+    spans = [slice(1 + f, 1 + f + stride) for f in range(last_given, frames - 1, stride)]  # of each latent frame
     psnrs, measures, shown = [], [], []
     for first in tqdm(range(0, count, batch), "batches"):
         seeds = range(first, min(first + batch, count))
@@ -193,7 +193,7 @@ def read_prompts(path, size):
     except (OSError, KeyError, ValueError, csv.Error) as e:
         reason = f"it cannot be read ({e if isinstance(e, csv.Error) else type(e).__name__})"
         raise Bad(f"{path}: {reason}; give a csv in UTF-8 whose first line is image,prompt") from None
-    rows, seen, checked, faults = {}, set(), set(), []
+    rows, checked, faults = {}, set(), []
     for image, prompt, longer in table:
         if longer:
             faults.append(f"the row of {image!r} has too many columns: a prompt with commas needs quotes")
@@ -202,10 +202,9 @@ def read_prompts(path, size):
             faults.append(f"the row of {image or prompt!r} has no picture or no prompt")
             continue
         name = re.sub(r"[/\0]", "_", prompt).encode()[:230].decode(errors="ignore")  # one that a file can have
-        if name.casefold() in seen:  # on some systems these are one file
+        if name in rows:
             faults.append(f"{image}: another row has the file name {name!r}, by which VBench finds a clip")
         rows[name] = find(Path(image)), prompt
-        seen.add(name.casefold())
         if image not in checked:
             checked.add(image)
             try:

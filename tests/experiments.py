@@ -446,7 +446,7 @@ def then(lab):
     for label, change in (("the first caption throughout", False), ("the second from frame 13 on", True)):
         error, spread = lab.once(f"then-{change}", lambda: compute(change))
         rows.append([label, f"{error:.2f} ± {spread:.2f}"])
-    lab.table(["caption", "error of the way moved after the change, px"], rows)
+    lab.table(["caption", "error of the displacement after the change, px"], rows)
 
 
 def main():

@@ -1,4 +1,4 @@
-"""Draws six figures of README again, all but its *-strip.png and animations of samples: in a minute on two cores.
+"""Draws six figures of README again, those in FIGURES below, into data/: in a minute on two cores.
 
     python tests/figures.py                 all of them
     python tests/figures.py mask heads      some of them

@@ -531,8 +531,9 @@ def test_a_clip_that_could_not_be_read_for_a_while_is_encoded_later(folder, monk
             path if "clip0" in path.name else Path("away"), *args))
         encode(folder / "clips", out, net, 9, SIZE)
     assert [file.stat().st_size > 0 for file in sorted(out.glob("clip-*"))] == [True, False]
+    before = Latents(out)
     encode(folder / "clips", out, net, 9, SIZE)
-    assert len(Latents(out).clips) == 2
+    assert len(Latents(out).clips) == 2 and Latents(out).files != before.files  # other clips than --resume needs
     os.remove(out / "latents.pt")  # what made the others is not known any more
     with pytest.raises(Bad, match="no latents.pt"):
         encode(folder / "clips", out, net, 5, SIZE)

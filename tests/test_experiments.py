@@ -37,6 +37,11 @@ def test_a_score_is_kept_and_says_how_it_was_sampled(folder, tiny_files, monkeyp
     changed = experiments.replace(TINY_SAMPLING, temperature=0.3, unmask_steps=1)
     assert two == (2, 9, (16, 24), changed, out / "b.png", 2, "") and draw == other_draw
     assert experiments.Lab(options(folder, tiny_files)).score("a") == {"psnr": 1.0} and len(seen) == 2
+    newer = torch.load(tiny_files / "ckpt.pt", weights_only=True)
+    newer["sampling"]["order"] = "raster"  # what is not known is ignored, as in sample.py
+    save(newer, folder / "newer.pt")
+    experiments.Lab(options(folder, tiny_files, ckpt=folder / "newer.pt", out=folder / "other")).score("a")
+    assert seen[2][0][3] == TINY_SAMPLING
     for changes in ({"clips": 3}, {"steps": [3, 3, 3]}, {"dtype": "bfloat16"}):
         with pytest.raises(Bad, match="it holds results of"):
             experiments.Lab(options(folder, tiny_files, **changes))
@@ -200,7 +205,7 @@ class Notes:
 
     def table(self, head, rows, clips=None):
         assert all(len(row) == len(head) for row in rows)
-        self.rows = rows
+        self.rows, self.clips = rows, clips
 
 
 def test_table4(folder):
@@ -279,6 +284,7 @@ def test_blinking_cats_and_their_score(folder):
     lab.sample = lambda ckpt, truth, captions, frames: given.append((ckpt, captions)) or to_float(
         torch.from_numpy(truth))
     experiments.finetune(lab)
+    assert lab.clips == 16
     others, own = ([experiments.blinking(seed)[1] for seed in seeds] for seeds in (range(1000, 1016), range(8)))
     assert given == [(lab.ckpt, others), ("blink-0", others), ("blink-0", own)]
     (name, _, told, frames, steps), = lab.trained
@@ -304,6 +310,7 @@ def test_text2video_reads_what_was_generated_and_what_is_drawn(folder):
     lab.sample = sample
     experiments.text2video(lab)
     assert [row[1:] for row in lab.rows] == [["0.00", "0.00", "0.00"], ["1.00", "1.00", "1.00"]]
+    assert lab.clips == 2 * lab.a.clips
 
 
 @pytest.mark.parametrize("direction", world.DIRECTIONS)

@@ -165,7 +165,7 @@ def test_attention_by_offset_finds_the_place_that_look_beside_chose(monkeypatch)
 
 
 def test_the_watched_clip_fills_up(tmp_path):
-    """3 latent frames in 6 steps each: a picture is less grey than the one before, unless a new frame begins."""
+    """3 latent frames in 6 steps each: a picture is less grey than the one before."""
     figures.watch(tmp_path / "watch.gif")
     with Image.open(tmp_path / "watch.gif") as animation:
         assert animation.n_frames == 18
