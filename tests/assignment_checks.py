@@ -13,6 +13,7 @@ import numbers
 import signal
 import sys
 import traceback
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -37,6 +38,7 @@ EXERCISES = {
     10: ("VideoMAR.forward",),
 }
 CONFIG = ours.Config(layers=2, dim=32, heads=2, channels=4, text_dim=8, diffusion_layers=2, diffusion_dim=16)
+ROUNDED = "under autocast, where @ and einsum make bfloat16"
 
 
 class Wrong(Exception):
@@ -139,6 +141,11 @@ def trains_alike(what, function, right, *inputs):
         gradients.append(trains(what, one(*grown), *grown))
     for got, must in zip(*gradients):
         same(f"{what}: part of a gradient does not flow, or a wrong one", got, must, 1e-3)
+
+
+def as_trained():
+    """The context in which networks compute where the hardware has bfloat16."""
+    return torch.autocast("cpu", torch.bfloat16)
 
 
 def twice(draw):
@@ -250,11 +257,10 @@ def check_diffusion(theirs):
              right.q_sample(x0[:1], i, noise[:1]))
         for got, must in zip(diffusion.posterior(x0[:1], x[:1], i, v[:1]), right.posterior(x0[:1], x[:1], i, v[:1])):
             same(f"posterior of a single token with {name}", got, must)
-    with torch.autocast("cpu", torch.bfloat16):  # as in training
-        rounded = "under autocast, where @ and einsum make bfloat16"
-        same(f"q_sample {rounded}", diffusion.q_sample(x0, order, noise), right.q_sample(x0, order, noise))
+    with as_trained():
+        same(f"q_sample {ROUNDED}", diffusion.q_sample(x0, order, noise), right.q_sample(x0, order, noise))
         for got, must in zip(diffusion.posterior(x0, x, order, v), right.posterior(x0, x, order, v)):
-            same(f"posterior {rounded}", got, must)
+            same(f"posterior {ROUNDED}", got, must)
     grown = [x.clone().requires_grad_() for x in (x0, x, v)]
     trains("q_sample, by x0 and noise", diffusion.q_sample(grown[0], order, grown[1]), *grown[:2])
     mean, logvar = diffusion.posterior(grown[0], grown[1], order, grown[2])
@@ -373,7 +379,7 @@ def check_attention(theirs):
          v[:, :, :1].expand_as(few))
     trains_alike("attend with a mask, by q, k and v", lambda *qkv: theirs.attend(*qkv, mask),
                  lambda *qkv: plain(*qkv, mask), few, k, v)
-    with torch.autocast("cpu", torch.bfloat16):  # as in training
+    with as_trained():
         got = theirs.attend(*(x.bfloat16() for x in (few, k, v)), mask)
     same("attend with a mask, of bfloat16 under autocast", got.float(), plain(few, k, v, mask), 5e-2)
     for n in (4, 3):
@@ -392,9 +398,9 @@ def check_attention(theirs):
         same(f"frames of {n} tokens", got, right)
         trains_alike("frame_causal_attention, by q, k and v", lambda *qkv: theirs.frame_causal_attention(*qkv, n),
                      lambda *qkv: plain(*qkv, causal), q, k, v)
-        with torch.autocast("cpu", torch.bfloat16):
+        with as_trained():
             got = theirs.frame_causal_attention(*(x.bfloat16() for x in (q, k, v)), n)
-            same(f"frames of {n} tokens, of bfloat16 under autocast", got.float(), right, 5e-2)
+        same(f"frames of {n} tokens, of bfloat16 under autocast", got.float(), right, 5e-2)
         for begin in (n, 12 - n):
             same(f"frames of {n} tokens, queries from frame {begin // n} on, keys of all",
                  theirs.frame_causal_attention(q[:, :, begin:], k, v, n), right[:, :, begin:])
@@ -423,41 +429,48 @@ def check_rope(theirs):
                    f"{of}: the fastest pair of {name} rotates by {got[0, first]:.3g} a token; it must be {top}")
             same(f"{of}: angles of a step along {name}", got, ours.rope_angles(one, dim, base, top))
         positions = 5 * torch.randn(20, 3)  # `look_beside` has negative ones
-        same(f"{of}: angles", theirs.rope_angles(positions, dim, base, top),
-             ours.rope_angles(positions, dim, base, top), 1e-3)
-        with torch.autocast("cpu", torch.bfloat16):
-            same("rope_angles under autocast, where @ and einsum make bfloat16",
-                 theirs.rope_angles(positions, dim, base, top), ours.rope_angles(positions, dim, base, top), 1e-3)
+        right = ours.rope_angles(positions, dim, base, top)
+        same(f"{of}: angles", theirs.rope_angles(positions, dim, base, top), right, 1e-3)
+        with as_trained():
+            same(f"rope_angles {ROUNDED}", theirs.rope_angles(positions, dim, base, top), right, 1e-3)
     x, angles = torch.randn(2, 5, 3, 8).transpose(1, 2), torch.randn(5, 4)  # strided as in Block
-    got = unchanged("rotate", theirs.rotate, x, angles.cos(), angles.sin())
+    cos, sin = angles.cos(), angles.sin()
+    got = unchanged("rotate", theirs.rotate, x, cos, sin)
     expect(got.shape == x.shape, f"rotate: the shape is {tuple(got.shape)}; it must be that of x, {tuple(x.shape)}")
     one = theirs.rotate(torch.eye(8)[None, None, :1], torch.zeros(1, 4), torch.ones(1, 4))[0, 0, 0]
     at = int(one.abs().argmax())
     expect(one.any(), "rotate: at 90 degrees nothing is left of channel 0; it must go to channel 4")
     expect(at == 4, f"rotate: channel 0 of 8 turns into channel {at} at 90 degrees; it must be channel 4")
     expect(one[4] > 0, "rotate: it turns the other way round")
-    same("rotate, with another angle for each pair", got, ours.rotate(x, angles.cos(), angles.sin()))
-    trains_alike("rotate, by x", *(lambda x, one=one: one(x, angles.cos(), angles.sin())
-                                   for one in (theirs.rotate, ours.rotate)), x)
-    half = theirs.rotate(x.bfloat16(), angles.cos(), angles.sin())
-    same("rotate, of x in bfloat16", half, ours.rotate(x.bfloat16(), angles.cos(), angles.sin()), 5e-2)
+    same("rotate, with another angle for each pair", got, ours.rotate(x, cos, sin))
+    trains_alike("rotate, by x", lambda x: theirs.rotate(x, cos, sin), lambda x: ours.rotate(x, cos, sin), x)
+    half = theirs.rotate(x.bfloat16(), cos, sin)
+    same("rotate, of x in bfloat16", half, ours.rotate(x.bfloat16(), cos, sin), 5e-2)
     tiny(theirs)  # its blocks' first biases are rotated
 
 
 def check_mlp(theirs):
     net, right = tiny(theirs).diffusion_mlp, tiny(ours).diffusion_mlp
     right.load_state_dict(net.state_dict(), strict=False)  # other parts of their model may draw more numbers
-    x, z, timestep, seen = torch.randn(5, 4), torch.randn(5, 32), torch.randint(1000, (5,)), []
-    handle = net.time[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    got, must = unchanged("forward", net, x, timestep, z), right(x, timestep, z)
-    handle.remove()
+    x, z, timestep = torch.randn(5, 4), torch.randn(5, 32), torch.randint(1000, (5,))
+
+    def watched():
+        """The result, and what `self.time` is given for it."""
+        seen = []
+        handle = net.time[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        got = unchanged("forward", net, x, timestep, z)
+        handle.remove()
+        return got, seen
+
+    (got, seen), must = watched(), right(x, timestep, z)
     angles = timestep[:, None] * 10000 ** (-torch.arange(128) / 128)
+    embedding = torch.cat([angles.cos(), angles.sin()], -1)
     already_right = torch.is_tensor(got) and got.shape == must.shape and torch.allclose(got, must, atol=1e-4)
     if not already_right:  # is it the embedding?
         expect(len(seen) == 1, "`self.time` must be called once")
         expect(seen[0].shape[-1] == 256, f"the time embedding has {seen[0].shape[-1]} numbers; it must be 256")
         same("the time embedding's fastest number, the first", seen[0][..., 0].flatten(), angles[:, 0].cos(), 1e-3)
-        same("the time embedding", seen[0].reshape(5, 256), torch.cat([angles.cos(), angles.sin()], -1), 1e-3)
+        same("the time embedding", seen[0].reshape(5, 256), embedding, 1e-3)
 
     layers = (*net.modulate, net.last_modulate), (*right.modulate, right.last_modulate)
 
@@ -485,18 +498,13 @@ def check_mlp(theirs):
             layer.weight.data, layer.bias.data = weight, bias
     expect(not torch.equal(net(x, timestep, z), net(x, timestep, -z)), "the hidden state z changes nothing")
     same("the result, in which c = silu(time(embedding) + condition(z))", net(x, timestep, z), right(x, timestep, z))
-    told = []
-    handle = net.time[0].register_forward_pre_hook(lambda module, args: told.append(args[0].float().reshape(-1, 256)))
-    with torch.autocast("cpu", torch.bfloat16):  # as in training
-        net(x, timestep, z)
-    handle.remove()
-    embedding = torch.cat([angles.cos(), angles.sin()], -1)
-    apart = (embedding[:, None] - torch.cat(told)).abs().amax(-1)  # (token, call): in any order, in one call or in many
-    expect(apart.min(1).values.max() < 2e-2, "the angles of the time embedding are rounded under autocast, where @ and "
-                                             "einsum make bfloat16")
-    grown = [y.clone().requires_grad_() for y in (x, z)]
-    trains("the MLP, by x, z and its weights", net(grown[0], timestep, grown[1]), *grown, *net.parameters())
-    trains_alike("the MLP, by x and z", *(lambda x, z, one=one: one(x, timestep, z) for one in (net, right)), x, z)
+    with as_trained():
+        _, seen = watched()
+    given = torch.cat([part.float().reshape(-1, 256) for part in seen])  # in any order, in one call or in many
+    apart = (embedding[:, None] - given).abs().amax(-1)
+    expect(apart.min(1).values.max() < 2e-2, f"the angles of the time embedding are rounded {ROUNDED}")
+    trains("the MLP, by its weights", net(x, timestep, z), *net.parameters())
+    trains_alike("the MLP, by x and z", lambda x, z: net(x, timestep, z), lambda x, z: right(x, timestep, z), x, z)
     for one in (timestep[:1], timestep[1:2]):
         same("the result with one timestep for all tokens", net(x, one, z), right(x, one, z))
     for part in (net, right):
@@ -575,8 +583,8 @@ def check_sample(theirs):
     got, must, _ = both(lambda x, timestep, z: fixed[:6], temperature=1.0)
     same("without guidance, of a net in bfloat16, computed in float32", got, must, 1e-5)
     simple = lambda x, timestep, z: torch.tanh(x @ weights + z)
-    trains_alike("sample, by z", *(lambda z, one=one: one.sample(simple, x.clone(), z, 0.0)
-                                   for one in (diffusion, right)), z[:6])
+    trains_alike("sample, by z", lambda z: diffusion.sample(simple, x.clone(), z, 0.0),
+                 lambda z: right.sample(simple, x.clone(), z, 0.0), z[:6])
 
 
 def check_loss(theirs):
@@ -650,13 +658,13 @@ def check_loss(theirs):
          gradients[1][0])
     same("the gradient of v", gradients[0][1], gradients[1][1])
     fixed = torch.randn(tokens, 8).bfloat16()
-    for told, out in (("where noise and v are random numbers", fixed.float()),
-                      ("of a net in bfloat16, computed in float32", fixed),
-                      ("under autocast, where @ and einsum make bfloat16", fixed)):
+    for told, out, context in (("where noise and v are random numbers", fixed.float(), nullcontext),
+                               ("of a net in bfloat16, computed in float32", fixed, nullcontext),
+                               (ROUNDED, fixed, as_trained)):
         results = []
         for one in (diffusion, right):
             torch.manual_seed(2)
-            with torch.autocast("cpu", torch.bfloat16, enabled=told.startswith("under")):
+            with context():
                 results.append(one.loss(lambda x, timestep, z: out, x0, z))
         same(told, *results)
 
@@ -741,10 +749,10 @@ def check_forward(theirs):
     expect(states.requires_grad and got.requires_grad, "no gradient flows into the backbone")
     trains("the hidden states, by the weights that read the text", states * torch.randn_like(states), *model.words)
     same("the result, the mean of the losses", got, torch.arange(len(targets)).float().mean())
-    with torch.autocast("cpu", torch.bfloat16):
+    with as_trained():
         model(x, captions, 2)
     far = (losses[-1][1][:, None] - x0).abs().sum(-1).min(1).values.max()
-    expect(far < 1e-4, "the targets are rounded under autocast, where @ and einsum make bfloat16; take them by index")
+    expect(far < 1e-4, f"the targets are rounded {ROUNDED}; take them by index")
     for changes, t in (({"attention": "full"}, 2), ({"loss": "total-mask"}, 2), ({"loss": "total-mask"}, 3)):
         of = " ".join(changes.values())
         model, x0, z = watched(t, text_drop=0.0, **changes)
