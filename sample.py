@@ -5,7 +5,7 @@
     python sample.py --prompt "a red cat moves left quickly on a blue background"     from text alone (ours)
 """
 import time
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from os.path import realpath, relpath
 from pathlib import Path
 
@@ -17,10 +17,25 @@ from data.files import DATA, Bad, Parser, check_writable, choose_hardware, load,
 from data.video import (caption_of, check_out, draw_step, enlarge, find, read_clip, to_float, to_uint8, write_strip,
                         write_video)
 from tokenizer import check_size, check_tokens, open_text, open_tokenizer
-from videomar import Cache, Config, Diffusion, Sampling, VideoMAR, progressive_temperature, unmask_counts
+from videomar import Cache, Config, Diffusion, VideoMAR, progressive_temperature, unmask_counts
 
 
 # ---------------------------------------------------------------------------------------------------- sampling
+@dataclass
+class Sampling:
+    """How `generate` draws a clip. The defaults are the paper's; a checkpoint has its own.
+
+    A frame 0 that is not given is drawn in another way: see `frame_sampling`.
+    """
+
+    unmask_steps: int = 64  # per latent frame (paper 5.1)
+    diffusion_steps: int = 100  # per token (paper 5.1)
+    cfg: float = 3.0  # guidance on the noise, 1 is none (paper 5.1)
+    cfg_schedule: str = "linear"  # rises from 1 with the share of tokens revealed (MAR), or "constant"
+    temperature: str | float = "progressive"  # paper App. B, or one number for all frames
+    clamp: float = 4.0  # of the predicted x_0, in standard deviations of a token (ours)
+
+
 def frame_sampling(sampling, t, n_given):
     """The Sampling of latent frame t, if n_given frames are given: its temperature is a number.
 

@@ -28,9 +28,9 @@ from data.files import (Bad, Parser, check_writable, choose_hardware, load, lock
                         save, set_aside, sizes)
 from data.latents import open_source
 from data.video import psnr, read_ahead, to_float, to_tokens, to_uint8, write_strip
-from sample import build_model, generate
+from sample import Sampling, build_model, generate
 from tokenizer import check_clip, check_tokens, open_text, open_tokenizer
-from videomar import PRESETS, Sampling, VideoMAR
+from videomar import PRESETS, VideoMAR
 
 WARMUP = 100  # steps (ours)
 GRAD_CLIP = 3.0  # highest norm of the gradients (MAR)

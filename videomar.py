@@ -52,21 +52,6 @@ class Config:
         return self.attention == "causal" and self.loss == "next-frame"
 
 
-@dataclass
-class Sampling:
-    """How `generate` in sample.py draws a clip. The defaults are the paper's; a checkpoint has its own.
-
-    A frame 0 that is not given is drawn in another way: see `frame_sampling`.
-    """
-
-    unmask_steps: int = 64  # per latent frame (paper 5.1)
-    diffusion_steps: int = 100  # per token (paper 5.1)
-    cfg: float = 3.0  # guidance on the noise, 1 is none (paper 5.1)
-    cfg_schedule: str = "linear"  # rises from 1 with the share of tokens revealed (MAR), or "constant"
-    temperature: str | float = "progressive"  # paper App. B, or one number for all frames
-    clamp: float = 4.0  # of the predicted x_0, in standard deviations of a token (ours)
-
-
 # A preset: the model's sizes, defaults of train.py, training steps of each stage by its pixel frames, how to sample.
 # What is not set here comes from the source of clips: see `training` and `sampling` of World in data/world.py. "paper"
 # is the paper's first resolution; the paper does not tell its batch and training steps, so these are guesses.

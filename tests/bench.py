@@ -30,10 +30,10 @@ import torch
 import videomar
 from data.files import Bad, Parser, choose_hardware, number, run, sizes
 from data.video import Source
-from sample import generate
+from sample import Sampling, generate
 from tokenizer import Words, check_clip
 from train import make_optimisers, stage_steps
-from videomar import PRESETS, Cache, Config, Diffusion, Sampling, VideoMAR, rope_angles, unmask_counts
+from videomar import PRESETS, Cache, Config, Diffusion, VideoMAR, rope_angles, unmask_counts
 
 CAPTION = "a red cat moves left quickly and a blue star grows on a green background"
 MASKED = 0.867  # the mean mask ratio in training

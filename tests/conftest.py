@@ -13,8 +13,9 @@ sys.path.insert(0, str(ROOT))
 
 from assignment_checks import filled  # noqa: E402
 from data.files import save  # noqa: E402
+from sample import Sampling  # noqa: E402
 from tokenizer import Tokenizer, Words  # noqa: E402
-from videomar import PRESETS, Sampling, VideoMAR  # noqa: E402
+from videomar import PRESETS, VideoMAR  # noqa: E402
 
 TINY = replace(PRESETS["toy"]["model"], layers=2, dim=64, heads=2, text_dim=16, diffusion_dim=32, snr_clip=math.inf)
 TINY_SAMPLING = Sampling(unmask_steps=3, diffusion_steps=5)  # the rest is the paper's: guided, progressive temperature

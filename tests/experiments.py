@@ -29,9 +29,8 @@ from data import world
 from data.files import Bad, Parser, choose_hardware, load, number, run, sizes, write
 from data.video import psnr, to_float, to_uint8, write_strip, write_video
 from evaluate import centres, evaluate, fit_shape, sprite_masks
-from sample import find_checkpoint, generate, load_model, stored_as
+from sample import Sampling, find_checkpoint, generate, load_model, stored_as
 from train import stage_steps
-from videomar import Sampling
 
 EXPERIMENTS = {}
 

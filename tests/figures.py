@@ -27,9 +27,9 @@ import videomar
 from data.files import DATA, Bad, choose_hardware, run, write
 from data.video import read_clip, to_float
 from data.world import World
-from sample import generate, guidance_at, load_model
+from sample import Sampling, generate, guidance_at, load_model
 from tokenizer import Words
-from videomar import PRESETS, Sampling, VideoMAR, progressive_temperature, unmask_counts
+from videomar import PRESETS, VideoMAR, progressive_temperature, unmask_counts
 
 BLUE, PALE, ORANGE, RED = "#1f5fa8", "#a9c8ea", "#e07b00", "#c8102e"
 

@@ -12,7 +12,7 @@ from conftest import TINY, TINY_SAMPLING, script
 from torch.utils.flop_counter import FlopCounterMode
 
 import videomar
-from sample import generate
+from sample import Sampling, generate
 from tokenizer import Words
 from videomar import PRESETS, VideoMAR
 
@@ -203,7 +203,7 @@ def test_ratios_and_shares_by_hand(monkeypatch, capsys):
     monkeypatch.setattr(bench, "matmul_peak", lambda *_: 1e7)
     monkeypatch.setattr(bench, "seconds", lambda *_: 12.0)
     monkeypatch.setattr(bench, "median_seconds", lambda *_: [2.0, 30.0, 10.0])
-    sampling = videomar.Sampling(unmask_steps=6, **PRESETS["toy"]["sampling"])
+    sampling = Sampling(unmask_steps=6, **PRESETS["toy"]["sampling"])
     part, whole, cached = (sum(bench.sample_flops(TINY, sampling, 6, frames, how))
                            for frames, how in ((2, "nocache"), (3, "nocache"), (3, "cache")))
     assert bench.bench_sample(a, model, cpu, torch.float32, (2, 3), 3) == pytest.approx(dict(
@@ -246,7 +246,7 @@ def test_what_is_timed_is_what_is_counted(monkeypatch):
     a = SimpleNamespace(preset="toy", batch=1, repeats=1, ntp_steps=12, nocache_frames=3, growth=False)
     got = bench.bench_sample(a, VideoMAR(config, Words(config.text_dim)), cpu, torch.float32, (4, 4), 4)
     for how in ("ntp", "nocache", "cache"):
-        flops = sum(bench.sample_flops(config, videomar.Sampling(**sampling), 16, 4, how))
+        flops = sum(bench.sample_flops(config, Sampling(**sampling), 16, 4, how))
         assert 1 <= got[f"{how}_s"] / flops < 1.02, how
 
 

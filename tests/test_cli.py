@@ -716,8 +716,8 @@ def test_no_line_is_above_120_columns():
 def test_the_shipped_checkpoints_beat_repeating_the_first_frame(folder, name, most, clips, closed, least):
     """Their files are small and alone enough, and are sampled as a new one; the README has scores on more clips."""
     assert os.path.getsize(DATA / name) <= most
-    sampling = videomar.Sampling(**load(DATA / name, "videomar")["sampling"])
-    assert sampling == videomar.Sampling(unmask_steps=2, diffusion_steps=15, cfg=1.0, temperature=0.0)
+    sampling = sample.Sampling(**load(DATA / name, "videomar")["sampling"])
+    assert sampling == sample.Sampling(unmask_steps=2, diffusion_steps=15, cfg=1.0, temperature=0.0)
     done = script("tests/evaluate.py", "--clips", clips, "--ckpt", DATA / name)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.strip().split("\n")[-1])

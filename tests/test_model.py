@@ -11,9 +11,9 @@ from torch.distributions import Normal, kl_divergence
 
 import sample
 import videomar
-from sample import generate, kept_tokens, options_parser
+from sample import Sampling, generate, kept_tokens, options_parser
 from tokenizer import Words
-from videomar import (PRESETS, Cache, Config, Diffusion, Sampling, VideoMAR, absolute_code, draw_mask_ratio,
+from videomar import (PRESETS, Cache, Config, Diffusion, VideoMAR, absolute_code, draw_mask_ratio,
                       grid_positions, look_beside, progressive_temperature, rope_angles, rotate, unmask_counts)
 
 GRID, N = (2, 3), 6

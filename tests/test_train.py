@@ -24,6 +24,7 @@ import videomar
 from data import files, world
 from data.files import Bad, mix_seed, save
 from data.video import psnr, to_float, to_uint8, write_video
+from sample import Sampling
 from tokenizer import Tokenizer
 
 ARGS = ["--size", "16x16", "--frames", "5,9", "--steps", 3, "--batch", 4, "--dtype", "float32", "--device", "cpu"]
@@ -96,7 +97,7 @@ def test_the_paper_preset_is_the_papers(folder, monkeypatch, tiny_files):
     tokenizer = ["--tokenizer", tiny_files / "tokenizer.pt"]
     assert run_train(monkeypatch, *SHORT, *tokenizer, "--preset", "paper") == 0
     sampling = params("out/ckpt.pt", "sampling")
-    assert sampling == asdict(videomar.Sampling())
+    assert sampling == asdict(Sampling())
     assert (sampling["cfg"], sampling["temperature"]) == (3, "progressive")
 
 
