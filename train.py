@@ -253,6 +253,17 @@ def save_checkpoints(a, step, seconds, model, ema, optimisers, tokenizer, sampli
     save({**both, "ema": half}, a.out / "videomar.pt")
 
 
+def open_log(a):
+    """Opens log.csv; --resume adds to it, and a new run sets aside what an earlier one saved in --out."""
+    if not a.resume and (a.out / "ckpt.pt").exists():  # a log alone is of a run that saved nothing
+        set_aside(a.out / "ckpt.pt")
+        set_aside(a.out / "log.csv")
+    log = open(a.out / "log.csv", "a" if a.resume else "w", buffering=1)  # --resume after a kill repeats lines
+    if log.tell() == 0:
+        print("step,stage,t,loss,lr,seconds", file=log)
+    return log
+
+
 def start_ranks(device):
     """Joins the processes that torchrun started -> the number of this one, and how many they are."""
     rank, world_size = ranks()
@@ -293,12 +304,7 @@ def main():
         signal.signal(kind, lambda *_: signals.append(True))
     if rank == 0:
         lock_file = lock(a.out)  # noqa: F841, an open file keeps the lock
-        if not a.resume and (a.out / "ckpt.pt").exists():  # a log alone is of a run that saved nothing
-            set_aside(a.out / "ckpt.pt")
-            set_aside(a.out / "log.csv")
-        log = open(a.out / "log.csv", "a" if a.resume else "w", buffering=1)  # --resume after a kill repeats lines
-        if log.tell() == 0:
-            print("step,stage,t,loss,lr,seconds", file=log)
+        log = open_log(a)
         print(f"model      {a.preset}, {sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dtype}")
         print(f"data       {source.about}, {a.size[0]}x{a.size[1]}, batches of {a.batch} in {a.parts} parts")
         print(f"stages     frames {a.frames}, steps {a.steps}; checkpoints and film strips in {a.out}", flush=True)
