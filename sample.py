@@ -190,7 +190,7 @@ def options_parser():
     source = parser.add_mutually_exclusive_group()
     given = parser.add_mutually_exclusive_group()
     source.add_argument("--img", type=Path, help="the first frame; a bare name is also looked up in data/ (none)")
-    source.add_argument("--video", type=Path, help="continue this clip: .gif, .webp, .png or .mp4 (none)")
+    source.add_argument("--video", type=Path, help="continue this clip: an animation, or a video file (none)")
     given.add_argument("--box", type=y0_x0_y1_x1, help="make these pixels of --size anew, such as 0,0,32,64 (none)")
     given.add_argument("--context", type=number(int, 1), help="latent frames of --video that are given (2)")
     add = parser.add_argument
@@ -215,7 +215,7 @@ def open_model(a):
     device, dtype, autocast = choose_hardware(a)
     a.ckpt = find_checkpoint(a.ckpt)
     model, tokenizer, checkpoint = load_model(a.ckpt, device, dtype, a.text, a.tokenizer)
-    asked = {name: value for name, value in vars(a).items() if value is not None}
+    asked = {name: value for name, value in vars(a).items() if value is not None}  # named like Sampling's fields
     sampling = stored_as(Sampling, {**checkpoint["sampling"], **asked})
     frames, size = a.frames or checkpoint["frames"][-1], a.size or checkpoint["size"]
     a.fps = a.fps or checkpoint.get("fps") or 12.0  # the caller writes at this rate

@@ -53,8 +53,9 @@ class Config:
 
 
 # A preset: the model's sizes, defaults of train.py, training steps of each stage by its pixel frames, how to sample.
-# What is not set here comes from the source of clips: see `training` and `sampling` of World in data/world.py. "paper"
-# is the paper's first resolution; the paper does not tell its batch and training steps, so these are guesses.
+# What is not set here comes from the source of clips: see `training` and `sampling` of Source in data/video.py (6
+# unmasking steps) and of World in data/world.py (2, without guidance). "paper" is the paper's first resolution; the
+# paper does not tell its batch and training steps, so these are guesses.
 PRESETS = {
     "toy": {
         "model": Config(layers=6, dim=192, heads=6, text_dim=128, diffusion_dim=256, snr_clip=1.0),

@@ -245,7 +245,8 @@ def heads(path, layer=1, t=3, reach=2, side=14):
     clips, captions = World().batch(range(16), 25, (64, 64), held_out=True)
     latents = tokenizer.encode(to_float(clips))
     page = Page(840, 450)
-    page.text(18, 12, "orange: the query's place\nblue: its attention", ORANGE, size=12)
+    page.text(18, 10, "orange: the query's place", ORANGE, size=12)
+    page.text(18, 26, "blue: share of its attention", BLUE, size=12)
     for row, (name, model) in enumerate((("before training", start), ("after training", trained))):
         top = 45 + 205 * row
         page.text(18, top, name)
