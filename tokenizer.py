@@ -94,8 +94,8 @@ class Tokenizer(nn.Module):
 
     def __init__(self, stride=(4, 8, 8), channels=16, width=192, blocks=3):
         super().__init__()
-        self.settings = dict(stride=tuple(stride), channels=channels, width=width, blocks=blocks)
-        self.stride, self.channels = tuple(stride), channels
+        self.settings = dict(stride=stride, channels=channels, width=width, blocks=blocks)
+        self.stride, self.channels = stride, channels
         self.encoder = make_encoder(stride, channels, width, blocks)
         self.normalise = nn.BatchNorm1d(channels, affine=False, momentum=0.01)
         self.decoder = make_decoder(stride, channels, width, blocks - 1)
@@ -375,8 +375,8 @@ def main():
     if a.encode:
         return encode(a, device)
     if a.tokenizer:
-        tokenizer = open_tokenizer(a.tokenizer, None, device).requires_grad_(True)
-        part, stride = tokenizer.decoder, tokenizer.stride  # part: what is trained
+        tokenizer = open_tokenizer(a.tokenizer, None, device)
+        part, stride = tokenizer.decoder.requires_grad_(True), tokenizer.stride  # part: what is trained
         check_size(stride, a.frames, *a.size)
     else:
         stride, width = a.stride or (4, 8, 8), a.width or 192
@@ -408,8 +408,7 @@ def main():
         video = to_float(clips[:, first:].to(device))
         part.train()
         with autocast:
-            with torch.set_grad_enabled(part is tokenizer):
-                tokens = tokenizer.encode(video)
+            tokens = tokenizer.encode(video)
             std = 0.5 * torch.rand(a.batch, 1, 1, 1, 1, device=device)  # about the error of the model's tokens
             decoded = tokenizer.decode(tokens + std * torch.randn_like(tokens))
         error = (decoded - video).square().mean((1, 2, 3, 4)).log().mean()  # as in PSNR, each clip counts alike
@@ -433,9 +432,7 @@ def main():
         options += f" --data {quote(str(a.data))}"
     if a.fps:
         options += f" --fps {a.fps}"
-    if a.size != (64, 64):
-        options += f" --size {a.size[0]}x{a.size[1]}"
-    print(f"wrote {path}; python train.py --tokenizer {options} trains on it")
+    print(f"wrote {path}; python train.py --tokenizer {options} --size {a.size[0]}x{a.size[1]} trains on it")
 
 
 if __name__ == "__main__":

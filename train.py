@@ -61,7 +61,7 @@ def options_parser():
     add("--out", type=Path, default=Path("out"), help="folder to write; an earlier ckpt.pt and log.csv stay "
                                                        "there as ckpt-before.pt and log-before.csv (out)")
     add("--batch", type=number(int, 1), help="clips a step, over all ranks (by the preset: 16, 64)")
-    add("--parts", type=number(int, 1, 2**10), help="parts of the batch; a rank computes its own in turn: less memory (one a rank)")
+    add("--parts", type=number(int, 1, 2**10), help="parts of the batch; a rank computes its own in turn (one a rank)")
     add("--optimiser", choices=("adamw", "muon"), help="muon: AdamW, but Muon for the inner matrices (by the preset)")
     add("--lr", type=number(float, 1e-9, 1), help="of AdamW; Muon's is 3 times it (by the preset: 8e-4, 1e-4)")
     add("--noise", type=number(float, 0, 10), help="std of noise on the tokens (toy on the drawn world 0.15, else 0)")

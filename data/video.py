@@ -57,7 +57,7 @@ def to_rgb(image):
     if image.mode == "F" or (image.mode == "I" and image.getextrema()[1] > 65535):
         raise OSError(errno.EINVAL, "32 bits a pixel, where 8 or 16 can be read")
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
 
 
