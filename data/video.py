@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageOps, ImageSequence
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -287,8 +288,7 @@ def enlarge(clip):
 
 def write_strip(path, clips, every, rows=1):
     """A row for each clip (uint8 frames), of every `every`-th picture; white between groups of `rows` clips."""
-    strip = np.stack([np.hstack(clip[::every]) for clip in clips])  # (clip, H, pictures * W, 3)
-    groups = strip.reshape(-1, rows * strip.shape[1], *strip.shape[2:])
+    groups = rearrange([clip[::every] for clip in clips], "(g row) t h w c -> g (row h) (t w) c", row=rows)
     groups = np.pad(groups, ((0, 0), (0, 4), (0, 0), (0, 0)), constant_values=255)
     write(path, Image.fromarray(np.concatenate(groups)[:-4]).save)
 
