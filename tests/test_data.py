@@ -616,6 +616,9 @@ def test_latents_once(folder, monkeypatch, tiny_files, capsys):
     with pytest.raises(Bad, match="its tokens are|other clips"):  # the same ones, in tokens the weights do not know
         run_train(monkeypatch, "--resume", "--out", "run", "--steps", 4, "--data", "other")
     assert run_train(monkeypatch, "--resume", "--out", "run", "--steps", 4) == 0
+    args = ["--data", "other", "--frames", 9, "--steps", 1, "--batch", 2, "--init", "run/ckpt.pt", "--out", "new"]
+    assert run_train(monkeypatch, *args) == 0  # goes on in the latents' tokens
+    assert torch.load("new/videomar.pt", weights_only=True)["tokenizer"]["crc"] == net.crc
 
 
 @torch.no_grad()

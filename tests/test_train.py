@@ -300,7 +300,7 @@ def test_three_steps_by_hand(folder, monkeypatch, tiny_files):
     monkeypatch.setattr(train, "save_checkpoints", save)
     monkeypatch.setattr(videomar.Diffusion, "loss", lambda *args: scale[len(norms)] * loss(*args))
     monkeypatch.setattr(train, "EMA", 0.05)  # so that it bounds all steps but the first
-    args = [*SHORT, "--steps", 3, "--lr", 0.1, "--save-every", 1, "--dtype", "float32"]
+    args = [*SHORT, "--frames", "5,9", "--steps", "2,1", "--lr", 0.1, "--save-every", 1, "--dtype", "float32"]
     assert run_train(monkeypatch, *args, "--tokenizer", tiny_files / "tokenizer.pt") == 0
 
     lr = [0.1 * share for share in (0.01, 0.02, 0.03)]
@@ -428,6 +428,30 @@ def test_resumed_is_bit_for_bit_the_run_that_was_not_stopped(folder, monkeypatch
     assert not same(params("one/ckpt.pt"), params("other/ckpt.pt"))
 
 
+def test_a_run_saves_after_each_stage_and_keeps_its_folder(folder, monkeypatch, tiny_files):
+    saved = []
+
+    def save(a, step, *_):
+        saved.append(step)
+        with pytest.raises(Bad, match="another run is writing there"):
+            files.lock(a.out)
+
+    monkeypatch.setattr(train, "save_checkpoints", save)
+    args = [*ARGS, "--tokenizer", tiny_files / "tokenizer.pt"]
+    assert run_train(monkeypatch, *args) == 0 and saved == [3, 6]
+    assert run_train(monkeypatch, *args, "--save-every", 2) == 0 and saved == [3, 6, 2, 3, 4, 6]
+
+
+def test_every_stage_is_checked_before_the_first(folder, monkeypatch, tiny_files):
+    """Its number of frames, and whether there are clips for the longest one, wherever it stands."""
+    write_two_clips()
+    args = [*ARGS, "--tokenizer", tiny_files / "tokenizer.pt", "--data", "clips"]
+    for frames, told in (("6,5", "6 frames: with temporal stride 4"), ("9,5", "none of its 2 clips can be used")):
+        with pytest.raises(Bad, match=told):
+            run_train(monkeypatch, *args, "--frames", frames)
+    assert not (folder / "out/log.csv").exists()
+
+
 def test_resume_refuses_what_would_repeat_or_skip_clips(folder, monkeypatch, tiny_files):
     assert run_train(monkeypatch, *SHORT, "--tokenizer", tiny_files / "tokenizer.pt") == 0
     before = (folder / "out/ckpt.pt").read_bytes()
@@ -539,8 +563,11 @@ def test_a_run_keeps_its_tokens_and_may_change_its_rate(folder, monkeypatch, tin
     with pytest.raises(Bad, match="its tokens are not those of"):
         run_train(monkeypatch, "--resume", "--steps", 2, "--tokenizer", "other.pt")
     assert train.read_options(["--resume", "--steps", "2", "--lr", "1e-5"])[0].lr == 1e-5
+    for name, value in (("dtype", "bfloat16"), ("text", "elsewhere"), ("save_every", 7)):  # of this machine and run
+        a, *_ = train.read_options(["--resume", f"--{name.replace('_', '-')}", str(value)])
+        assert getattr(a, name) == value
     monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", lambda *args: torch.tensor(torch.inf))
-    with pytest.raises(Bad, match="the gradients are not finite"):
+    with pytest.raises(Bad, match="the gradients are not finite.*--lr 0.0004 or lower"):
         run_train(monkeypatch, "--resume", "--steps", 2)
 
 
@@ -780,6 +807,7 @@ def test_init_brings_its_tokenizer_size_and_sizes(folder, monkeypatch, tiny_file
     torch.save(content, "init.pt")
     a, *_ = train.read_options(["--frames", "5", "--init", "init.pt"])
     assert (a.size, a.lr, a.seed, a.batch, a.noise) == ((16, 24), 8e-4, 0, 16, 0.15)  # how it was trained is not kept
+    assert train.read_options(["--init", "init.pt"])[0].frames == (5, 13, 25)  # nor is the length of its clips
     assert run_train(monkeypatch, "--frames", 5, "--steps", 1, "--batch", 2, "--init", "init.pt") == 0
     after = checkpoint("out/ckpt.pt")
     assert same(after["tokenizer"]["state"], content["tokenizer"]["state"])
@@ -789,6 +817,8 @@ def test_init_brings_its_tokenizer_size_and_sizes(folder, monkeypatch, tiny_file
     for start in ("init", "tokenizer"):  # from its weights, and from nothing
         assert run_train(monkeypatch, *SHORT, f"--{start}", "init.pt", *options, "--out", start) == 0
         assert params(f"{start}/ckpt.pt", "config").items() >= ablations.items()
+    assert run_train(monkeypatch, *SHORT, "--init", "init/ckpt.pt", "--out", "again") == 0  # it stays as it was
+    assert params("again/ckpt.pt", "config").items() >= ablations.items()
 
 
 def test_a_checkpoint_without_a_field_has_its_default(folder, monkeypatch, tiny_files):
