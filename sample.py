@@ -83,7 +83,7 @@ def generate(model, given, captions, frames, sampling, use_cache=True, then=None
     null = torch.arange(batch * branches, device=device) >= batch
     text = model.read_text(captions * branches, null)
     diffusion = Diffusion(config.timesteps, sampling.diffusion_steps).to(device)
-    causal, next_frame = config.attention == "causal", config.loss == "next-frame"
+    causal = config.attention == "causal"
     cache = Cache(config, batch * branches, frames * n, device, text[0][0].dtype) if use_cache and causal else None
 
     def hidden(begin, end):
@@ -92,19 +92,18 @@ def generate(model, given, captions, frames, sampling, use_cache=True, then=None
         x_part, masked_part = x[:, part].repeat(branches, 1, 1), masked[:, part].repeat(branches, 1)
         return model.hidden(x_part, masked_part, text, grid, begin, cache).unflatten(0, (branches, batch))
 
-    # One frame after the other; a model of the total-mask loss fills all of them as one large picture.
+    # One frame after the other; with the total-mask loss, all as one large picture, drawn like one after a given frame.
+    if config.loss == "next-frame":
+        groups = [(t, t + 1, frame_sampling(sampling, t, n_given)) for t in range(n_given, frames)]
+    else:
+        groups = [(n_given, frames, frame_sampling(sampling, 1, 1))]
     quiet = ranks()[0] > 0 or None  # None: a bar is shown where there is a terminal
-    groups = [(t, t + 1) for t in range(n_given, frames)] if next_frame else [(n_given, frames)]
-    for begin, end in tqdm(groups, "latent frames", leave=False, disable=quiet):
+    for begin, end, now in tqdm(groups, "latent frames", leave=False, disable=quiet):
         if cache is not None and cache.length < begin * n:  # store keys and values of finished frames
             hidden(cache.length // n, begin)
             cache.length = begin * n
         if then and begin in then:  # only now: the keys stored above have read the earlier prompt
             text = model.read_text(then[begin] * branches, null)
-        if next_frame:
-            now = frame_sampling(sampling, begin, n_given)
-        else:  # all frames are drawn like the first one after a given one
-            now = frame_sampling(sampling, 1, 1)
         places = begin * n + (~known[begin * n:end * n]).nonzero()[:, 0]  # (count,)
         order = places[torch.rand(batch, len(places), device=device).argsort(1)]  # (batch, count), random (MAR)
         counts = unmask_counts(len(places), now.unmask_steps * (end - begin))
