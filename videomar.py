@@ -53,9 +53,8 @@ class Config:
 
 
 # A preset: the model's sizes, defaults of train.py, training steps of each stage by its pixel frames, how to sample.
-# What is not set here comes from the source of clips: see `training` and `sampling` of Source in data/video.py (6
-# unmasking steps) and of World in data/world.py (2, without guidance). "paper" is the paper's first resolution; the
-# paper does not tell its batch and training steps, so these are guesses.
+# The rest comes from the source of clips: `training` and `sampling` of Source in data/video.py (6 unmasking steps), or
+# of World in data/world.py (2, no guidance). "paper" is the paper's first resolution; its batch and steps are guesses.
 PRESETS = {
     "toy": {
         "model": Config(layers=6, dim=192, heads=6, text_dim=128, diffusion_dim=256, snr_clip=1.0),
@@ -409,8 +408,7 @@ class VideoMAR(nn.Module):
 
         Only one frame carries loss: a later one would read [MASK]s of frame t where sampling has its values. Under
         frame-causal attention frame t sees nothing after itself, so the sequence is cut there: the same loss and
-        gradients for less work (ours); train.py does not even draw what comes later. t = 0 trains frame 0 from the text
-        alone (ours). -> mean over tokens, float32.
+        gradients for less work (ours). t = 0 trains frame 0 from the text alone (ours). -> mean over tokens, float32.
         """
         config = self.config
         batch, frames, *grid, _ = x.shape
