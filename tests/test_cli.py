@@ -1,5 +1,6 @@
 """What a user types: outputs, repeatability, and one line with exit code 2 for every kind of bad input."""
 import importlib.util
+import itertools
 import json
 import os
 import pickle
@@ -52,7 +53,9 @@ def frames_of(path):
 
 
 # ------------------------------------------------------------------------------------------------------ outputs
-def test_every_ending_and_a_strip_beside_it(tiny, folder):
+def test_every_ending_and_a_strip_beside_it(tiny, folder, monkeypatch):
+    ticks = itertools.cycle([0, 6])
+    monkeypatch.setattr(sample, "time", SimpleNamespace(time=lambda: next(ticks)))
     for name in ("a.gif", "a.webp", "a.png"):
         code, out, err = tiny("--img", "cat.png", "--out", name)
         assert code == 0 and name in out, err
@@ -60,13 +63,15 @@ def test_every_ending_and_a_strip_beside_it(tiny, folder):
     assert np.array_equal(frames_of("a.png"), frames_of("a.webp"))
     assert abs(frames_of("a.gif").astype(int) - frames_of("a.png")).mean() < 4
     assert Image.open("a-strip.png").size == (3 * 24, 16)
-    assert "s per latent frame (" in out
+    assert "6.0 s, 3.00 s per latent frame (" in out  # two of three are made
+    code, out, err = tiny("--video", "a.webp", "--box", "0,16,8,24", "--prompt", "a star")
+    assert code == 0 and "6.0 s, 2.00 s per latent frame (" in out, err
 
 
 def test_pictures_a_second_of_what_is_written(tiny, folder):
     """A GIF has 50 at most, and all are repeated for ever."""
-    for name, fps, duration in (("a.webp", 5, 200), ("a.gif", 240, 20)):
-        assert tiny(*CAT, "--fps", fps, "--out", name)[0] == 0
+    for name, fps, duration in (("a.webp", ["--fps", 5], 200), ("a.gif", ["--fps", 240], 20), ("b.webp", [], 83)):
+        assert tiny(*CAT, *fps, "--out", name)[0] == 0
         with Image.open(name) as image:
             image.load()
             assert (image.info["duration"], image.info["loop"]) == (duration, 0)
@@ -147,6 +152,7 @@ def test_watch_shows_every_unmasking_step(tiny, folder, args, given, pictures):
     out = "a.gif" if "--out" in args else "a.webp"
     code, text, err = tiny(*args, "--out", out, "--watch")
     assert code == 0 and "a-watch.gif" in text, err
+    assert Image.open("a-watch.gif").info["duration"] == 330
     shares = grey_shares("a-watch.gif")
     assert len(shares) == pictures and shares[-1] < 0.02 and (np.diff(shares) < 0).all()
     assert 0.6 * (1 - given) < shares[0] < 1 - given
@@ -175,6 +181,7 @@ def test_seed_and_cache(tiny):
     assert np.array_equal(a, frames_of("b.png")) and not np.array_equal(a, frames_of("c.png"))
     assert abs(a - frames_of("d.png")).max() <= 2
     assert not np.array_equal(frames_of("e-0.png"), frames_of("e-1.png"))
+    assert Image.open("e-strip.png").size == (3 * 24, 16 + 4 + 16)
 
 
 def test_options_change_the_shape_of_the_clip(tiny):
@@ -182,7 +189,7 @@ def test_options_change_the_shape_of_the_clip(tiny):
     assert code == 0 and frames_of("a.png").shape == (13, 32, 16, 3), err
 
 
-def test_what_the_sampler_is_given(tiny, folder, monkeypatch):
+def test_what_the_sampler_is_given(tiny, folder, tiny_files, monkeypatch):
     """What is not told comes from the checkpoint, and 0 is told; --then counts pixel frames."""
     write_video(folder / "clip.png", world.clip(0, 9, 16, 24)[0], 12)
     seen = []
@@ -203,6 +210,8 @@ def test_what_the_sampler_is_given(tiny, folder, monkeypatch):
     sampling = replace(TINY_SAMPLING, cfg=0, temperature=0, unmask_steps=2, diffusion_steps=4)
     assert given_by(*CAT, *numbers, "--n", 2, "--no-cache") == ((2, 1), ["a", "a"], 3, sampling, False, {})
     assert given_by(*CAT, "--temperature", "progressive")[3].temperature == "progressive"
+    save({**load(tiny_files / "ckpt.pt", "videomar"), "frames": (9, 5)}, "short.pt")
+    assert given_by(*CAT, "--ckpt", "short.pt")[2] == 2  # the length of the last stage
     for args, given in (([], 0), (["--video", "clip.png"], 2), (["--video", "clip.png", "--context", 1], 1)):
         assert given_by(*args)[0] == (1, given)
     for frame, t in ((1, 1), (4, 1), (5, 2), (8, 2)):

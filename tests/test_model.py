@@ -743,14 +743,16 @@ def test_seed_decides_the_clip():
 
 
 def test_every_clip_is_filled_in_an_order_of_its_own():
-    left = []
+    left, told = [], []
 
-    def watch(clip, masked, *_):
+    def watch(clip, masked, t, step, counts):
         left.append(masked[:, 1].flatten(1).long())
+        told.append((t, step))
 
     torch.manual_seed(0)
     given, sampling = torch.randn(4, 1, 4, 4, 16), replace(TINY_SAMPLING, unmask_steps=16, cfg=1)
     generate(tiny_model(), given, ["a cat"] * 4, 2, sampling, watch=watch)
+    assert told == [(1, step) for step in range(1, 17)]
     order = torch.stack(left).sum(0)  # after how many steps each token is still masked
     assert torch.equal(order.sort(1).values, torch.arange(16).expand(4, -1))  # one token a step
     assert len({tuple(row) for row in order.tolist()} | {tuple(range(16))}) == 5
