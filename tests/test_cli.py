@@ -265,7 +265,8 @@ def test_a_checkpoint_that_never_made_frame_0_is_told(tiny, folder, tiny_files):
     content, box = load(tiny_files / "ckpt.pt", "videomar"), ["--video", "clip.webp", "--box", "0,0,8,8"]
     total = {"config": {**content["config"], "loss": "total-mask"}}  # masks frame 0 in all steps
     for share, args, changes, told in ((0, [], {}, True), (0, box, {}, True), (0.05, [], {}, False),
-                                       (0, ["--img", "cat.png"], {}, False), (0, [], total, False)):
+                                       (0, ["--img", "cat.png"], {}, False), (0, [], total, False),
+                                       (None, [], {}, False)):  # it is not known
         save({**content, **changes, "options": {**content["options"], "frame0": share}}, "frame0.pt")
         code, out, err = tiny("--ckpt", "frame0.pt", "--prompt", "a", "--out", "a.png", *args)
         assert code == 0 and ("note: frame0.pt was trained with --frame0 0" in out) == told, err
@@ -335,6 +336,7 @@ def make_bad_files(folder, tiny_files):
     (folder / "text.png").write_text("not a picture")
     Image.new("L", (64, 64)).save("one.png")
     Image.new("F", (64, 64)).save("float.tiff")
+    Image.new("I", (64, 64), 100_000).save("int.tiff")
     (folder / "cut.png").write_bytes((folder / "one.png").read_bytes()[:40])
     Image.new("1", (20000, 9000)).save("bomb.png")
     (folder / "cut.pt").write_bytes(good[:len(good) // 2])
@@ -359,7 +361,7 @@ BAD = [
     (["--img", "empty.png"], ["empty.png", "cannot be read"]),
     (["--img", "text.png"], ["text.png", "cannot be read"]),
     (["--img", "cut.png"], ["cut.png", "cannot be read"]),
-    (["--img", "float.tiff"], ["float.tiff", "32 bits a pixel"]),
+    *[(["--img", f"{kind}.tiff"], [f"{kind}.tiff", "32 bits a pixel"]) for kind in ("float", "int")],
     (["--img", "bomb.png"], ["bomb.png", "DecompressionBombError"]),
     (["--img", "nothing"], ["nothing", "Is a directory"]),
     (["--img", ""], ["cannot be read", "give a picture"]),  # the current folder
@@ -401,6 +403,7 @@ BAD = [
     ([*CAT, "--then", "soon", "later"], ["--then soon", "frames"]),
     ([*CAT, "--then", "5", "a", "--then", "6", "b"], ["--then 5 6", "4 pixel frames"]),
     ([*CAT, "--then", "5", "a", "--no-cache"], ["--then", "leave out --no-cache"]),
+    (["--video", "one.png", "--box", "0,0,8,8", "--prompt", "a", "--then", "5", "b"], ["--then", "leave out", "--box"]),
     (["--video", "one.png", "--out", "one.png"], ["one.png", "overwritten", "--out"]),
     (["--video", "out/none.gif", "--prompt", ""], ["out/none.gif", "No such file"]),
     ([*CAT, "--out", "."], ["--out ."]),
@@ -491,6 +494,15 @@ def test_bfloat16_is_taken_where_it_is_fast(monkeypatch):
         assert choose_hardware(SimpleNamespace(device="cpu", dtype=None))[1] == dtype
 
 
+def test_fast_arithmetic_is_switched_on():
+    """TF32 on a GPU, and numbers too small for float32's full precision become 0."""
+    torch.set_flush_denormal(False)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    choose_hardware(SimpleNamespace(device="cpu", dtype=None))
+    assert torch.backends.cuda.matmul.allow_tf32
+    assert torch.full((8,), 1e-38).mul(0.1).eq(0).all()
+
+
 def test_each_process_of_torchrun_takes_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "99")
     with pytest.raises(Bad, match="--device cuda:99: there is none here"):
@@ -522,7 +534,10 @@ def test_what_is_opened_and_where(folder, tiny_files, monkeypatch):
         (folder / "out").mkdir(exist_ok=True)
         (folder / "out/videomar.pt").touch()
     content = load(tiny_files / "ckpt.pt", "videomar")
-    assert sample.build_model(content, "ckpt.pt", "meta").token_in.weight.is_meta
+    texts, open_text = [], sample.open_text
+    monkeypatch.setattr(sample, "open_text", lambda *args: texts.append(args) or open_text(*args))
+    assert sample.build_model(content, "ckpt.pt", "meta", torch.bfloat16).token_in.weight.is_meta
+    assert texts == [(None, 16, "meta", torch.bfloat16)]
 
 
 def test_a_main_that_fails_leaves_nothing_behind(monkeypatch, capsys):

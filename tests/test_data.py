@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from conftest import ROOT, script, tiny_tokenizer
 from test_cli import call
 from test_train import params, run_train, same
@@ -24,7 +24,8 @@ import train
 from data import world
 from data.files import Bad, save
 from data.latents import Latents, open_source, write_latents
-from data.video import Folder, psnr, read_ahead, read_clip, timeline, to_float, to_uint8, write_strip, write_video
+from data.video import (Folder, draw_step, psnr, read_ahead, read_clip, timeline, to_float, to_uint8, write_strip,
+                        write_video)
 
 HAS_AV = importlib.util.find_spec("av") is not None
 SIZE = (16, 24)
@@ -79,6 +80,12 @@ def test_a_folder_of_clips(folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(source, "batch", lambda seeds, *args: seeds)
         assert source.held_out(4, 5, SIZE)[0] >= 2**62  # --seed is below 2^22, and a run has 2^40 seeds
+    shutil.copytree(folder / "clips", folder / "moved")
+    assert Folder(folder / "moved").files == source.files
+    (folder / "moved/below").mkdir()
+    for path in folder.glob("moved/clip3.*"):
+        path.rename(folder / "moved/below" / path.name)
+    assert Folder(folder / "moved").files != source.files
     shutil.copytree(folder / "clips", folder / "clips/.hidden")
     shutil.copy(folder / "clips/clip0.gif", folder / "clips/.part-clip0.gif")  # as a kill while writing leaves it
     assert Folder(folder / "clips").clips == source.clips and Folder(folder / "clips").files == source.files
@@ -91,6 +98,22 @@ def test_a_folder_of_clips(folder, monkeypatch):
     before = Folder(folder / "clips").files
     shutil.copy(folder / "clips/clip4.gif", folder / "clips/clip0.gif")  # another clip of the same name
     assert Folder(folder / "clips").files != before
+
+
+def test_clips_have_one_order_on_every_disk(folder, monkeypatch):
+    for name in ("clips/a", "clips/b"):
+        (folder / "clips").mkdir(exist_ok=True)
+        fill(folder / name, 2)
+    before, walk = Folder(folder / "clips").clips, os.walk
+
+    def backwards(*args, **options):
+        for place, folders, names in walk(*args, **options):
+            folders.reverse()
+            names.reverse()
+            yield place, folders, names
+
+    monkeypatch.setattr(os, "walk", backwards)
+    assert Folder(folder / "clips").clips == before
 
 
 def test_a_linked_folder_is_a_folder(folder):
@@ -107,6 +130,15 @@ def test_pictures_are_made_smaller_by_their_means(folder):
     Image.fromarray(np.tile(np.array([0, 255], np.uint8), (64, 32))).save("stripes.png")  # of one pixel each
     small = read_clip(Path("stripes.png"), (16, 16)).astype(int)
     assert abs(small[:, 2:-2, 2:-2] - 127).max() < 20
+
+
+@torch.no_grad()
+def test_the_title_of_a_step(monkeypatch):
+    titles = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, at, text, *_, **options: titles.append(text))
+    latents = torch.zeros(1, 3, 2, 3, 16)
+    draw_step(tiny_tokenizer(), latents, torch.zeros(latents.shape[:-1], dtype=torch.bool), 1, 2, [1, 2, 4])
+    assert titles == ["latent frame 1 of 2, step 2 of 3:\n4 of 7 tokens left"]
 
 
 def test_a_strip_has_a_row_for_each_clip_and_white_between_groups(tmp_path):
@@ -287,6 +319,9 @@ def test_what_cannot_be_used_is_skipped_once_and_counted(folder, capsys):
     for path in (folder / "clips").iterdir():
         if path.suffix in (".gif", ".webp", ".apng") and path.name != "short.gif":
             path.unlink()
+    source = Folder(fill(folder / "one", 1))
+    source.clips += 99 * [(Path("gone.gif"), "")]
+    assert len(source.batch(range(10), 9, SIZE)[1]) == 10  # it tries again until it has met the good one
     source = Folder(folder / "clips")
     source.clips = [c for c in source.clips if c[0].name == "short.gif"]
     with pytest.raises(Bad, match="none of its 1 clips"):
@@ -404,6 +439,17 @@ def test_processes_leave_signals_to_the_first_one():
     signal.signal(signal.SIGINT, before)
 
 
+def test_a_process_outlives_sigterm_by_20_seconds(monkeypatch):
+    told, kinds = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(kind) for kind in kinds]
+    monkeypatch.setattr(signal, "alarm", told.append)
+    data.video.outlast(0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    for kind, handler in zip(kinds, before):
+        signal.signal(kind, handler)
+    assert told == [20]
+
+
 def test_processes_draw_the_same_clips_side_by_side():
     """Each takes one thread of PyTorch: a fork of more than that hangs in the first large product."""
     torch.ones(512, 512) @ torch.ones(512, 512)  # the threads of this process have begun
@@ -465,7 +511,12 @@ def test_a_tokenizer_is_trained_on_clips_and_the_model_on_the_same(folder, monke
     _, out, _ = call(monkeypatch, capsys, *args, "--out", "a b", module=tokenizer)
     assert f"python train.py --tokenizer 'a b/tokenizer-4x8x8.pt' {options} trains on it" in out
     assert tokenizer.frames_option((4, 8, 8), 25) == "" and tokenizer.frames_option((2, 8, 8), 49) == ""
-    assert tokenizer.frames_option((8, 8, 8), 49) == " --frames 49"  # 5, 13 and 25 have no whole groups of 8
+    for stride in ((8, 8, 8), (3, 8, 8)):
+        assert tokenizer.frames_option(stride, 49) == " --frames 49"  # 5, 13 and 25 have no whole groups of 8
+    drawn = ["--steps", 1, "--batch", 2, "--width", 16, "--size", "16x16", "--frames", 49, "--stride"]
+    for stride, option in (("8x8x8", " --frames 49"), ("4x8x8", "")):  # the drawn world has clips of any length
+        _, out, _ = call(monkeypatch, capsys, *drawn, stride, module=tokenizer)
+        assert f"--tokenizer out/tokenizer-{stride}.pt{option} --size 16x16 trains on it" in out
     assert tokenizer.frames_option((4, 8, 8), 1) == " --frames 5"  # a picture alone is no clip to train a model on
     code, _, err = call(monkeypatch, capsys, *args, "--fps", 5, "--frames", 9, module=tokenizer)  # at 5 there are 4
     assert code == 2 and "none of its 4 clips can be used" in err, err

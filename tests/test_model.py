@@ -224,6 +224,7 @@ def test_text_is_read_and_padding_is_not():
     assert not torch.allclose(alone, null, atol=1e-3)
     for caption in ("so many other words here", "", "  ", "?!"):
         assert torch.allclose(null, first([caption], "words" in caption), atol=1e-5)  # no word is the null, too
+    assert torch.allclose(null, first([""], True), atol=1e-5)
 
 
 @torch.no_grad()
@@ -890,13 +891,17 @@ def test_guidance_reaches_its_end_with_the_last_token_made(monkeypatch):
         assert used[-1] == 3
 
 
-def test_editing_keeps_the_tokens_outside_bit_for_bit():
+def test_editing_keeps_the_tokens_outside_bit_for_bit(monkeypatch):
     model, x = tiny_model(), clip(4)
     keep = torch.tensor([[True, True, False], [True, False, False]])
     edited = sampled(model, x, 4, keep=keep)
     assert torch.equal(edited[:, :, keep], x[:, :, keep])
     assert (edited != x)[:, :, ~keep].all()
     assert torch.allclose(edited, sampled(model, x, 4, keep=keep, use_cache=False), atol=1e-3)
+    used = []
+    monkeypatch.setattr(Diffusion, "sample", lambda self, net, x, z, t, guidance, clamp: used.append(guidance) or x)
+    sampled(model, x, 4, keep=keep, cfg=1.0)
+    assert used[0] == 5 and used[-1] == 1  # frame 0 is made anew, with guidance
 
 
 def test_a_box_marks_the_tokens_to_make_anew():

@@ -72,16 +72,16 @@ def make_cosmos(folder, stride=(4, 8, 8), bare=False, seed=0):
     return folder
 
 
-def count_measured(monkeypatch):
-    """-> a list that gets the number of clips of each `Cosmos.measure`."""
-    counts, measure = [], Cosmos.measure
-    monkeypatch.setattr(Cosmos, "measure", lambda self, video: (counts.append(len(video)), measure(self, video)))
-    return counts
+def keep_measured(monkeypatch):
+    """-> a list that gets the clips of each `Cosmos.measure`."""
+    videos, measure = [], Cosmos.measure
+    monkeypatch.setattr(Cosmos, "measure", lambda self, video: (videos.append(video), measure(self, video)))
+    return videos
 
 
 def test_latents_of_two_cosmos_tokenizers_are_not_mixed(folder, monkeypatch):
     """And what goes on after a kill keeps mean and std of the beginning."""
-    counts = count_measured(monkeypatch)
+    measured = keep_measured(monkeypatch)
     for i in range(4):
         write_video(folder / f"clips/{i}.gif", world.clip(i, 9, 16, 16)[0], 12)
 
@@ -89,7 +89,7 @@ def test_latents_of_two_cosmos_tokenizers_are_not_mixed(folder, monkeypatch):
         write_latents(Folder(folder / "clips"), folder / "latents", cosmos, 9, (16, 16), "cpu")
 
     encode(Cosmos(make_cosmos(folder / "cosmos")))
-    assert counts == [16]
+    assert [len(video) for video in measured] == [16]
     os.remove("latents/clip-0000003.pt")
     before, kept = ((folder / "latents" / name).read_bytes() for name in ("latents.pt", "clip-0000000.pt"))
     with pytest.raises(Bad, match="other clips, settings or tokenizer"):
@@ -137,10 +137,12 @@ def test_cosmos_is_probed_measured_and_causal(folder, stride, bare):
 
 
 def test_training_and_sampling_on_cosmos(folder, monkeypatch, capsys):
-    counts = count_measured(monkeypatch)
+    measured = keep_measured(monkeypatch)
     make_cosmos(folder / "cosmos")
     args = ["--frames", "5,9", "--size", "16x16", "--steps", 2, "--batch", 2, "--dtype", "float32"]
-    assert run_train(monkeypatch, *args, "--tokenizer", "cosmos") == 0 and counts == [16]
+    assert run_train(monkeypatch, *args, "--tokenizer", "cosmos") == 0
+    video, = measured  # of training, as long as in the last stage
+    assert torch.equal(video, to_float(World().batch(range(16), 9, (16, 16))[0]))
     hint = re.search(r"python sample.py (.*) samples from it", capsys.readouterr().out)[1].split()
     code, _, err = call(monkeypatch, capsys, *hint)  # it runs as it stands
     assert code == 0 and "--tokenizer" in hint, err

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import tokenizer as tokenizer_script
 from data import world
-from data.files import DATA, Bad, load, save
+from data.files import DATA, Bad, load, lock, save
 from data.video import psnr, to_float
 from data.world import World
 from tokenizer import Tokenizer, Words, check_size, check_tokens, open_tokenizer
@@ -194,6 +194,7 @@ def test_words():
     words = Words(16)
     states, mask = words(["A red cat, moves!", "a", ""])
     assert mask.sum(1).tolist() == [4, 1, 1] and states.shape == (3, 8, 16)
+    assert words(["étoile 星 2"])[1].sum() == 3
     alone, _ = words(["a"])
     assert torch.allclose(states[1, :1], alone[0, :1], atol=1e-6)
     eight = "a b c d e f g h"  # no padding alone; beside a longer caption it is of zeros
@@ -264,6 +265,7 @@ def test_training_by_hand(folder, monkeypatch, capsys):
     assert asked.pop(0) == (range(32), 25)  # held out
     assert [seeds for seeds, _ in asked] == [range(2 * i, 2 * i + 2) for i in steps]
     assert all(9 <= frames <= 25 for _, frames in asked) and len({frames for _, frames in asked}) > 2
+    assert any((frames - 9) % 4 for _, frames in asked)  # a stretch may begin at any picture
     assert [training for *_, training in encoded] == [*4 * [True], False, True, True, False]
     trained = [(*one, *other) for one, other in zip(encoded, decoded) if one[2]]
     stds = torch.stack([(noisy - tokens).flatten(1).std(1) for _, tokens, _, noisy, _ in trained])  # (step, clip)
@@ -423,6 +425,9 @@ def test_a_sprite_that_changes_its_motion():
     assert r[8] > r[4] == plain.r
     grown = replace(plain, motion="grows", then=(8, "moves up slowly"))
     assert np.allclose(world.path(grown, 20, 64, 64)[2][8:], 0.15 * 1.2)
+    before, after = (world.path(replace(s, x=1.2), 20, 64, 96)[0] for s in (plain, changed))  # in a wide picture
+    assert np.array_equal(before[:9], after[:9]) and np.allclose(after[8:], before[8])
+    assert any(world.clip(seed, 5)[1] != world.clip(seed, 5, change_until=1)[1] for seed in range(0, 30, 5))
     for seed in range(10):
         (a, before), (b, after) = world.clip(seed, 13), world.clip(seed, 13, change_until=8)
         assert (before != after) == (seed % 5 == 0) == (not np.array_equal(a, b)) and np.array_equal(a[:2], b[:2])
@@ -448,6 +453,22 @@ def test_a_seed_gives_the_same_tokenizer(folder, monkeypatch, capsys):
     named = ["--tokenizer", "b/tokenizer-4x8x8.pt", *args[:2], *args[4:]]  # its width is its own
     assert call(monkeypatch, capsys, *named, "--out", "b", module=tokenizer_script)[0] == 130
     assert os.path.exists("b/tokenizer-4x8x8.pt")  # nothing was saved in its place
+
+
+def test_the_tokenizer_of_a_run_before_is_set_aside_once(folder, monkeypatch, capsys):
+    """Though a run saves more than once; and until it ends no other one writes there."""
+    steps, aside = (499, 999, 1000), []
+    monkeypatch.setattr(tokenizer_script, "tqdm", lambda all_steps, **_: tqdm([all_steps[i] for i in steps]))
+
+    def set_aside(path):
+        aside.append(str(path))
+        with pytest.raises(Bad, match="another run is writing there"):
+            lock(path.parent)
+
+    monkeypatch.setattr(tokenizer_script, "set_aside", set_aside)
+    args = [*ARGS, "--frames", 5, "--steps", 1001]
+    assert call(monkeypatch, capsys, *args, module=tokenizer_script)[0] == 0
+    assert aside == ["out/tokenizer-4x8x8.pt"]
 
 
 @pytest.mark.parametrize("size, x, y", [((64, 128), 1.7, 0.5), ((128, 64), 0.5, 1.7)])

@@ -124,6 +124,9 @@ def test_skipped_files_are_counted_at_the_end(folder, monkeypatch, capsys, tiny_
     (folder / "clips/broken.gif").write_bytes(b"GIF")
     assert run_train(monkeypatch, *args, "--out", "broken") == 0
     assert "skipped 1 files of --data that could not be used" in capsys.readouterr().out
+    monkeypatch.setattr(train, "get_lr", lambda a, step: os.kill(os.getpid(), signal.SIGTERM) or 1e-3)
+    assert run_train(monkeypatch, *args, "--steps", 2, "--out", "stopped") == 130
+    assert "skipped 1 files" in capsys.readouterr().out
 
 
 def test_the_drawn_world_has_settings_of_its_own(folder, monkeypatch, tiny_files):
@@ -162,6 +165,16 @@ def test_schedule():
     a.frame0 = 0.0
     assert all(t > 0 for _, t in train.make_schedule(a, 4))
     assert {t for _, t in train.make_schedule(a, 1)[:100]} == {1, 2, 3, 4}  # a tokenizer of temporal stride 1
+
+
+def test_who_prepares_the_batches(folder, monkeypatch, tiny_files):
+    """Threads read clips from files; beside a CPU that trains nothing is drawn ahead."""
+    write_two_clips()
+    told, read_ahead = [], train.read_ahead
+    monkeypatch.setattr(train, "read_ahead", lambda *args: told.append(args[2:]) or read_ahead(*args))
+    for source in (["--data", "clips"], []):
+        assert run_train(monkeypatch, *SHORT, "--tokenizer", tiny_files / "tokenizer.pt", *source) == 0
+    assert told == [(4, False), (0, True)]
 
 
 def test_what_a_batch_is_asked_for(monkeypatch):
@@ -217,7 +230,8 @@ def test_muon_takes_the_inner_matrices_and_adamw_the_rest():
     assert sum(map(len, (inner, matrices, vectors))) == len(names)
     groups = adamw.param_groups + muon.param_groups
     assert [group["weight_decay"] for group in groups] == [0.02, 0, 0.02]
-    assert groups[0]["betas"] == groups[1]["betas"] == (0.9, 0.95) and groups[2]["adjust_lr_fn"] == "match_rms_adamw"
+    assert groups[0]["betas"] == groups[1]["betas"] == (0.9, 0.95) and groups[0]["eps"] == 1e-8
+    assert groups[2]["adjust_lr_fn"] == "match_rms_adamw"
     assert len(train.make_optimisers(model, "adamw")) == 1
     assert (train.GRAD_CLIP, train.EMA, train.MUON_LR) == (3.0, 0.9999, 3)
 
@@ -235,24 +249,33 @@ def test_the_first_weights_are_of_the_seed(folder, monkeypatch):
 def test_compile_takes_the_blocks_and_the_mlp(folder, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # its default
     monkeypatch.setitem(videomar.PRESETS, "toy", {**videomar.PRESETS["toy"], "model": TINY})
     for options in ([], ["--compile"]):
         a, *_ = train.read_options(options)
         model, _ = train.make_model(a, {}, 16, torch.device("cpu"), torch.float32)
         assert compiled == ([*model.blocks, model.diffusion_mlp] if options else [])
+    assert torch._dynamo.config.recompile_limit > 24  # frames of 97 pixel frames
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_computes_in_the_dtype_that_is_asked_for(folder, monkeypatch, tiny_files, dtype):
-    seen, forward = [], videomar.VideoMAR.forward
+    """The film strip of a stage, too."""
+    seen = []
 
-    def watched(self, x, captions, t):
-        seen.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
-        return forward(self, x, captions, t)
+    def watch(where, name):
+        function = getattr(where, name)
 
-    monkeypatch.setattr(videomar.VideoMAR, "forward", watched)
+        def watched(*args):
+            seen.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+            return function(*args)
+
+        monkeypatch.setattr(where, name, watched)
+
+    watch(videomar.VideoMAR, "forward")
+    watch(train, "generate")
     assert run_train(monkeypatch, *SHORT, "--dtype", dtype, "--tokenizer", tiny_files / "tokenizer.pt") == 0
-    assert seen == [getattr(torch, dtype)]
+    assert seen == 2 * [getattr(torch, dtype)]
 
 
 def test_an_ablation_reads_whole_clips_of_its_stride(folder, monkeypatch):
@@ -426,6 +449,11 @@ def test_resumed_is_bit_for_bit_the_run_that_was_not_stopped(folder, monkeypatch
         "ckpt.pt", "videomar.pt", "log.csv", "stage1-5.png", "stage2-9.png", ".lock"}
     assert run_train(monkeypatch, *args, "--seed", 1, "--out", "other") == 0
     assert not same(params("one/ckpt.pt"), params("other/ckpt.pt"))
+
+
+def test_a_signal_in_the_last_step_stops_nothing(folder, monkeypatch, tiny_files):
+    monkeypatch.setattr(train, "get_lr", lambda a, step: os.kill(os.getpid(), signal.SIGTERM) or 1e-3)
+    assert run_train(monkeypatch, *SHORT, "--tokenizer", tiny_files / "tokenizer.pt") == 0
 
 
 def test_a_run_saves_after_each_stage_and_keeps_its_folder(folder, monkeypatch, tiny_files):
@@ -659,13 +687,16 @@ for i in range(1, 10**9):
 def test_save_writes_beside_and_renames(folder, monkeypatch):
     files.save({"kind": "x", "a": 1}, "f.pt")
 
-    def half(what, path):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+    for error, told in ((OSError(28, "No space left on device"), "the disk is full"),
+                        (RuntimeError("unexpected pos 64 vs 0"), "the disk is full"),  # as torch says it
+                        (ValueError("too wide"), "too wide")):
+        def half(what, path):
+            path.write_bytes(b"half")
+            raise error
 
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(Bad, match="f.pt: it cannot be written .the disk is full."):
-        files.save({"kind": "x", "a": 2}, "f.pt")
+        monkeypatch.setattr(torch, "save", half)
+        with pytest.raises(Bad, match=f"f.pt: it cannot be written .{told}."):
+            files.save({"kind": "x", "a": 2}, "f.pt")
     assert files.load("f.pt", "x")["a"] == 1 and os.listdir() == ["f.pt"]
 
 
@@ -717,6 +748,18 @@ def alike(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(alike, a, b))
     return a == b
+
+
+def test_gradients_are_clipped_after_all_ranks_are_summed(folder, monkeypatch, tiny_files):
+    for name in ("init_process_group", "broadcast", "barrier", "destroy_process_group"):
+        monkeypatch.setattr(train.dist, name, lambda *args, **options: None)
+    monkeypatch.setattr(train.dist, "all_reduce", lambda tensor: tensor.mul_(10**9))  # as many ranks with the same
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: norms.append(clip(*args)) or norms[-1])
+    assert run_train(monkeypatch, *SHORT, "--tokenizer", tiny_files / "tokenizer.pt") == 0
+    assert norms[0] > 1e6
 
 
 def test_two_ranks_give_the_file_of_one_process(folder, tiny_files):
