@@ -750,12 +750,28 @@ def alike(a, b):
     return a == b
 
 
-def test_gradients_are_clipped_after_all_ranks_are_summed(folder, monkeypatch, tiny_files):
-    for name in ("init_process_group", "broadcast", "barrier", "destroy_process_group"):
-        monkeypatch.setattr(train.dist, name, lambda *args, **options: None)
-    monkeypatch.setattr(train.dist, "all_reduce", lambda tensor: tensor.mul_(10**9))  # as many ranks with the same
+def play_two_ranks(monkeypatch):
+    """This process is rank 0, and the other one never speaks -> a list that gets the names of what is called."""
+    called = []
+    for name in ("init_process_group", "broadcast", "barrier", "destroy_process_group", "all_reduce"):
+        monkeypatch.setattr(train.dist, name, lambda *args, name=name, **options: called.append(name))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    return called
+
+
+def test_no_file_is_renamed_before_all_ranks_have_read_theirs(folder, monkeypatch, tiny_files):
+    called = play_two_ranks(monkeypatch)
+    monkeypatch.setattr(train, "set_aside", lambda path: called.append(path.name))
+    for _ in range(2):
+        called.clear()
+        assert run_train(monkeypatch, *SHORT, "--tokenizer", tiny_files / "tokenizer.pt") == 0
+    assert called.index("barrier") < called.index("ckpt.pt")
+
+
+def test_gradients_are_clipped_after_all_ranks_are_summed(folder, monkeypatch, tiny_files):
+    play_two_ranks(monkeypatch)
+    monkeypatch.setattr(train.dist, "all_reduce", lambda tensor: tensor.mul_(10**9))  # as many ranks with the same
     norms, clip = [], torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: norms.append(clip(*args)) or norms[-1])
     assert run_train(monkeypatch, *SHORT, "--tokenizer", tiny_files / "tokenizer.pt") == 0
