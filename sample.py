@@ -256,6 +256,7 @@ def later_prompts(a, given_frames, frames, stride, config):
 
 
 def main():
+    # ------------------------------------------------------------------------------------------------ options and model
     a = options_parser().parse_args()
     if not (a.img or a.video) and a.prompt is None:
         raise Bad("nothing to start from: give --img PICTURE (try --img cat.png), --video CLIP or --prompt TEXT")
@@ -265,6 +266,8 @@ def main():
         check_out(a.out)
     model, tokenizer, checkpoint, sampling, frames, size, autocast = open_model(a)
     device, stride = next(model.parameters()).device, tokenizer.stride[0]
+
+    # ----------------------------------------------------------------------------------- what is given and what is made
     latent_frames = 1 + (frames - 1) // stride
     if a.box:  # editing: all frames are given, and all are made anew
         n_given = made = latent_frames
@@ -273,8 +276,12 @@ def main():
         n_given = (a.context or 2) if a.video else int(bool(a.img))
         made = latent_frames - n_given
         given_frames = pixel_frames(n_given, frames, stride)
+    keep = kept_tokens(a.box, size, tokenizer.stride).to(device) if a.box else None
+    then = later_prompts(a, given_frames, frames, stride, model.config)
     if (a.box or not n_given) and checkpoint["options"].get("frame0") == 0 and model.config.loss == "next-frame":
         print(f"note: {relpath(a.ckpt)} was trained with --frame0 0, and has never learned to make a first frame")
+
+    # --------------------------------------------------------------------------------- what is read and what is written
     source = find(a.img or a.video or Path("clip"))  # from text alone: what is written is named clip
     prompt, beside = a.prompt, ""
     if prompt is None:
@@ -288,9 +295,8 @@ def main():
         check_writable(path)
     if source.exists() and realpath(source) in map(realpath, written):
         raise Bad(f"{source}: what is read would be overwritten; name another place with --out")
-    keep = kept_tokens(a.box, size, tokenizer.stride).to(device) if a.box else None
-    then = later_prompts(a, given_frames, frames, stride, model.config)
 
+    # --------------------------------------------------------------------------------------------------------- sampling
     watched_steps = []
     watch = (lambda *step: watched_steps.append(draw_step(tokenizer, *step))) if a.watch else None
     start = time.time()
@@ -305,6 +311,8 @@ def main():
                            keep=keep, watch=watch)
         clips = [enlarge(to_uint8(video)) for video in tokenizer.decode(latents)]  # waits for the GPU
     seconds = time.time() - start
+
+    # ---------------------------------------------------------------------------------------------------------- writing
     for path, clip in zip(paths, clips):
         write_video(path, clip, a.fps)
     write_strip(strip, clips, stride)
