@@ -71,14 +71,14 @@ def generate(model, given, captions, frames, sampling, use_cache=True, then=None
     n = grid[0] * grid[1]
     known = torch.arange(frames * n, device=device) < n_given * n  # tokens that stay as they are given
     if keep is not None:
-        known, n_given = keep.flatten().repeat(frames), 0
+        known, n_given = keep.flatten().repeat(frames), 0  # no frame is given whole
     clip = torch.zeros(batch, frames, *grid, channels, device=device)
     clip[:, :given.shape[1]] = given
     x = clip.flatten(1, 3)  # (batch, frames * n, C), the same memory
     masked = (~known).repeat(batch, 1)
     rows = torch.arange(batch, device=device)[:, None]
 
-    # With guidance the batch is doubled: captions first, then nulls. A frame 0 that is made anew has guidance.
+    # With guidance the batch is doubled: captions first, then nulls. A new frame 0 has guidance at any `cfg`.
     branches = 1 if sampling.cfg == 1 and n_given else 2
     null = torch.arange(batch * branches, device=device) >= batch
     text = model.read_text(captions * branches, null)
@@ -92,7 +92,7 @@ def generate(model, given, captions, frames, sampling, use_cache=True, then=None
         x_part, masked_part = x[:, part].repeat(branches, 1, 1), masked[:, part].repeat(branches, 1)
         return model.hidden(x_part, masked_part, text, grid, begin, cache).unflatten(0, (branches, batch))
 
-    # One frame after the other; with the total-mask loss, all as one large picture, drawn like one after a given frame.
+    # One frame after the other; with the total-mask loss, all as one large picture, with the Sampling of a later frame.
     if config.loss == "next-frame":
         groups = [(t, t + 1, frame_sampling(sampling, t, n_given)) for t in range(n_given, frames)]
     else:

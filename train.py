@@ -225,7 +225,10 @@ def make_optimisers(model, name):
 
 @torch.no_grad()
 def estimate_psnr(a, stage, ema, sampling, tokenizer, source, device):
-    """A film strip of 4 clips of `source.held_out`, truth above sample -> mean PSNR without frame 0, its path."""
+    """A film strip of 4 clips of `source.held_out`, truth above sample -> mean PSNR without frame 0, its path.
+
+    The clips are held out of the drawn world's training; those of a folder are trained on.
+    """
     clips, captions = source.held_out(4, a.frames[stage], a.size)
     torch.manual_seed(a.seed)
     clips = clips.to(device)

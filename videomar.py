@@ -245,7 +245,7 @@ class Diffusion(nn.Module):
         return (x - s * eps) / a
 
     def posterior(self, x0, x, i, v):
-        """Mean and log variance (tokens, C) of p(x_{i-1} | x_i); its bounds are at v = -1 and 1 (I-DDPM eq. 15)."""
+        """Mean and log variance (tokens, C) of p(x_{i-1} | x_i); v = -1 and 1 give its bounds (I-DDPM eq. 15)."""
         c0, cx, low, high = self.table[2:, i]
         return c0 * x0 + cx * x, low + (v + 1) / 2 * (high - low)
 

@@ -197,11 +197,12 @@ def schedules(path):
     page.curve(place, range(steps + 1), left, BLUE)
 
     place = page.axes(340, 55, 205, 165, at[1:], ["1", "2", "3", "4"], "guidance (--cfg 3)", "in unmasking step")
-    for schedule, colour, y in (("constant", ORANGE, 3.2), ("linear", BLUE, 1.25)):
+    schedules = (("constant", "constant", ORANGE, 3.2), ("linear", "linear in tokens", BLUE, 1.25))
+    for schedule, name, colour, y in schedules:
         sampling = Sampling(cfg=3.0, cfg_schedule=schedule)
         values = [guidance_at(sampling, 1 - rest / n) for rest in left[1:]]
         page.curve(place, range(1, steps + 1), values, colour)
-        page.text(*place(3.6, y), schedule, colour, anchor="ls")
+        page.text(*place(3.6, y), name, colour, anchor="ls")
 
     ys = ["0.90", "0.92", "0.94", "0.96", "0.98", "1.00"]
     place = page.axes(620, 55, 205, 165, at[:-1], ys, "temperature", "generated frame j")
@@ -275,13 +276,14 @@ def losses(run, window=20):
 def training(path):
     """The loss of what ships, of the default run, and of the second resolution from nothing: data/videomar.csv."""
     page, ys = Page(840, 330), ["0.01", "0.02", "0.05", "0.1", "0.2", "0.5"]
-    place = page.axes(60, 55, 310, 210, ["0", "6", "12", "18", "24"], ys, "loss, t > 0, at 64x64", "minutes", math.log)
+    title = "loss where t > 0 (moving mean), at"
+    place = page.axes(60, 55, 310, 210, ["0", "6", "12", "18", "24"], ys, f"{title} 64x64", "minutes", math.log)
     for key, name, colour, y in (("default", "default, two cores", ORANGE, 0.12), ("9", "shipped, H100", BLUE, 0.18)):
         _, loss, seconds = losses(key)
         page.curve(place, seconds / 60, loss, colour, dots=False)
         page.text(*place(8, y), name, colour)
     xs = ["0", "30", "60", "90", "120", "150"]
-    place = page.axes(470, 55, 340, 210, xs, ys, "loss, t > 0, at 128x128", "clips, thousands", math.log)
+    place = page.axes(470, 55, 340, 210, xs, ys, f"{title} 128x128", "clips, thousands", math.log)
     for key, batch, name, colour, y in (("12", 32, "from nothing", ORANGE, 0.12), ("11", 32, "from 64x64", BLUE, 0.18)):
         step, loss, _ = losses(key)
         page.curve(place, step * batch / 1000, loss, colour, dots=False)

@@ -85,7 +85,7 @@ def test_schedules_by_hand(tmp_path, drawn):
               (range(6), [1, 0.91, 0.901, 0.9001, 0.90001, 0.900001])]
     for (curve, _), (xs, ys) in zip(drawn.curves, wanted, strict=True):
         assert np.allclose(curve, [[*xs], [*ys]])
-    assert [colour for text, colour, _ in drawn.texts if text == "linear"] == [drawn.curves[2][1]]
+    assert [colour for text, colour, _ in drawn.texts if text == "linear in tokens"] == [drawn.curves[2][1]]
 
 
 def test_each_loss_has_the_name_of_its_run(tmp_path, drawn):
