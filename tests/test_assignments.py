@@ -265,7 +265,7 @@ WRONG = [
      "masked, places = self.draw_masked(batch, frames, n, t, x.device)\n"
      "        masked = masked if t else torch.ones_like(masked)\n", "t = 0: `self.hidden` gets another mask"),
     (10, "torch.rand(batch, device=x.device) < config.text_drop",
-     "(torch.rand(batch, device=x.device) < config.text_drop) & (t > 0)", "t = 0: with text_drop = 1"),
+     "(torch.rand(batch, device=x.device) < config.text_drop) & (t > 0)", "with text_drop = 1 (here t = 0)"),
     (10, "text, grid)", "text, grid, t)", "`self.hidden` gets start = 2"),
     (10, "(t + 1) * n if config.cuts else frames * n", "frames * n", "24 tokens are run; it must be 18"),
     (10, "(t + 1) * n if config.cuts else frames * n", "(t + 1) * n if config.cuts and t else frames * n",
@@ -454,6 +454,41 @@ WRONG = [
      "        text = self.read_text(captions, null)", "must get all captions as they are"),
     (10, "torch.rand(batch, device=x.device) < config.text_drop",
      "torch.bernoulli(torch.full((batch,), config.text_drop))", "a null of torch.float32"),
+    (1, "0.9 + 10.0 ** -(j + 1)", "0.9 + 0.1 / torch.tensor(10) ** j", "progressive_temperature(80) is inf"),
+    (2, "end = self.length + k.shape[2]\n        keys, values = self.buffer[layer]  # (batch, head, token, d)\n"
+     "        keys[:, :, self.length:end] = k\n        values[:, :, self.length:end] = v",
+     "ends = self.__dict__.setdefault('ends', {})\n        start = ends.get(layer, 0) if self.length else 0\n"
+     "        end = ends[layer] = start + k.shape[2]\n        keys, values = self.buffer[layer]\n"
+     "        keys[:, :, start:end], values[:, :, start:end] = k, v", "keys after a second step of the second frame"),
+    (3, "a, s = self.table[:2, i]\n        return a * x0 + s * noise",
+     "a, s = self.table[:2, i].view(2, self.steps, 1) if torch.is_tensor(i) else self.table[:2, i]\n"
+     "        return a * x0 + s * noise", "is invalid for input of size 2"),
+    (4, "torch.rand(batch, end - begin, device=device).argsort(1)",
+     "torch.randint(end - begin, (batch, end - begin)).argsort(dim=1, stable=True)",
+     "of frame t is masked in 0.8"),
+    (4, "places = begin + torch.rand(batch, end - begin, device=device).argsort(1)[:, :count]",
+     "order = torch.arange(end - begin).repeat(batch, 1)\n"
+     "        for i in range(end - begin):\n"
+     "            j = torch.randint(end - begin, (batch,))\n"
+     "            rows = torch.arange(batch)\n"
+     "            order[rows, i], order[rows, j] = order[rows, j], order[rows, i]\n"
+     "        places = begin + order[:, :count]", "of frame t is masked in 0.7"),
+    (4, 'if self.config.loss == "next-frame" else (0, frames * n)',
+     'if self.config.loss == "next-frame" or t == frames - 1 else (0, frames * n)', "total-mask, t = 3"),
+    (4, "device=device).argsort(1)[:, :count]", "device=device).argsort(0).argsort(1)[:, :count]",
+     "a batch of one clip always has the same"),
+    (5, "earlier = k.shape[2] - q.shape[2]",
+     "if q.shape[2] == n == k.shape[2]:\n        return attend(q, k, v, torch.ones(n, n).tril().bool())\n"
+     "    earlier = k.shape[2] - q.shape[2]", "frames of 12 tokens, of 12 in all"),
+    (8, "eps = eps_null + guidance * (eps - eps_null)",
+     "eps = torch.einsum('b,btc->tc', torch.tensor([guidance, 1.0 - guidance]), torch.stack([eps, eps_null]))",
+     "with guidance 3 under autocast"),
+    (8, "eps_null + guidance * (eps - eps_null)", "eps_null + int(guidance) * (eps - eps_null)", "with guidance 0.5"),
+    (10, "x = x.flatten(1, 3)  # (batch, frames * n, C)", "x = x.view(batch, frames * n, -1)", "view size is not compatible"),
+    (10, "x0 = x.take_along_dim(places[..., None], 1)", "x0 = x.take_along_dim(places.squeeze()[..., None], 1)",
+     "in forward, line"),
+    (10, "torch.rand(batch, device=x.device) < config.text_drop",
+     "(torch.rand(1) + 0.618 * torch.arange(batch)) % 1 < config.text_drop", "as many captions of each batch"),
 ]
 # The same, of right answers.
 RIGHT = [
