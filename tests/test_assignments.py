@@ -1,5 +1,7 @@
 """The course: wrong answers are red, each for its own reason; right ones are green, however they are written."""
 import csv
+import os
+import select
 import signal
 import sys
 from pathlib import Path
@@ -586,7 +588,7 @@ def test_a_blank_exercise_is_red_and_the_others_stay_green(tmp_path, exercise):
     assert all(first_wrong(other, path) is None for other in EXERCISES if other != exercise)
 
 
-def test_start_writes_a_folder_and_changes_nothing_else(folder):
+def test_start_writes_a_folder_and_changes_nothing_else(folder, monkeypatch, capsys):
     assignments.start(folder / "mine", None)
     text, code = (folder / "mine/README.md").read_text(), (folder / "mine/videomar.py").read_text()
     for names in EXERCISES.values():
@@ -594,11 +596,14 @@ def test_start_writes_a_folder_and_changes_nothing_else(folder):
             assert f"{name} is not written yet" in code and f"`{name}" in text
     assert "## 11. Open" in text and "### Hint" not in text and "GRADE" not in text
     assert (ROOT / "videomar.py").read_text() == SOURCE
+    assert code.count('"""') == SOURCE.count('"""')  # docstrings stay
     again = script("tests/assignments.py", "start", "mine")
     assert again.returncode == 2 and "no answer is lost" in again.stderr
 
-    assignments.start(folder / "one", [3])
+    monkeypatch.setattr(sys, "argv", ["assignments.py", "start", "one", "--only", "3"])
+    assignments.main()
     text, code = (folder / "one/README.md").read_text(), (folder / "one/videomar.py").read_text()
+    assert "write Diffusion.q_sample, Diffusion.posterior in videomar.py" in capsys.readouterr().out
     assert code.count("is not written yet") == 2 and "## 3." in text and "## 4." not in text
     assert f"{ROOT}/README.md" in text and f"{ROOT}/tests/assignments.py grade ." in text
 
@@ -619,16 +624,20 @@ def test_each_hint_costs_a_look(capsys, monkeypatch):
     assignments.hint(1, 1)
     assert "--hint 1 2" in capsys.readouterr().out
     assignments.hint(1, 2)
-    assert "floor" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "floor" in told and "more" not in told
     for wrong, told in (((1, 9), "has 2 hints"), ((1, 0), "has 2 hints"), ((12, 1), "1 to 11"), ((11, 1), "no hint")):
         with pytest.raises(Bad, match=told):
             assignments.hint(*wrong)
+    monkeypatch.setattr(sys, "argv", ["assignments.py", "--hint", "1"])
+    assignments.main()
+    assert "--hint 1 2" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["assignments.py", "--hint", "1", "2", "9"])
     with pytest.raises(Bad, match="--hint"):
         assignments.main()
 
 
-def test_a_submission_that_hangs_exits_or_prints_hurts_no_other(folder):
+def test_a_submission_that_hangs_exits_or_prints_hurts_no_other(folder, capfd):
     """Each check is a process; exercise 10's own functions are those of the submission, the rest of it is ours."""
     submissions = {
         "hangs": "while True: pass",
@@ -638,12 +647,15 @@ def test_a_submission_that_hangs_exits_or_prints_hurts_no_other(folder):
         "is_broken": "def f(:",
         "is_a_part": "def rotate(x, cos, sin): pass",
         "imports": SOURCE + "\ndef unmask_counts(*args):\n    return __import__('videomar').unmask_counts(*args)\n",
-        "starts": f"import subprocess; subprocess.Popen(['sleep', '60'])\n{SOURCE}",
+        "starts": f"import subprocess; subprocess.Popen(['sleep', '60'], stdout=open({str(folder / 'pipe')!r}, 'w'))\n"
+                  + SOURCE,
     }
     for name, code in submissions.items():
         (folder / name).mkdir()
         (folder / name / "videomar.py").write_text(code)
     (folder / "empty").mkdir()
+    os.mkfifo(folder / "pipe")
+    pipe = os.open(folder / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     reasons = {name: assignments.grade_one(folder / name, 1, 20 if name != "hangs" else 4) for name in submissions}
     assert "did not come to an end in 4 seconds" in reasons["hangs"]
     assert "ended Python (exit code 0)" in reasons["exits"]
@@ -651,6 +663,9 @@ def test_a_submission_that_hangs_exits_or_prints_hurts_no_other(folder):
     assert "SystemExit" in reasons["leaves"] and "SyntaxError" in reasons["is_broken"]
     assert "ModuleNotFoundError in unmask_counts" in reasons["imports"]  # ours is no answer
     assert reasons["prints"] is None and reasons["starts"] is None
+    assert select.select([pipe], [], [], 10)[0]  # what was started has ended
+    os.close(pipe)
+    assert "all green" not in capfd.readouterr().out and os.listdir("prints") == ["videomar.py"]
     assert "no videomar.py" in assignments.grade_one(folder / "empty", 1, 4)
 
 
@@ -684,6 +699,28 @@ def test_grade_tells_of_each_folder_and_writes_points(folder, monkeypatch, capsy
     assert done.returncode == 2 and "bob: it is a folder" in done.stderr and not done.stdout
 
 
+def test_the_options_of_grade(folder, monkeypatch, capsys):
+    """All errors are told; a film is made only where all exercises are checked and green."""
+    wrong, limits, films = {2, 3}, [], []
+    monkeypatch.setattr(assignments, "grade_one", lambda folder, exercise, limit: limits.append(limit) or (
+        "why" if exercise in wrong else None))
+    monkeypatch.setattr(assignments, "make_film", films.append)
+
+    def grade(*args):
+        monkeypatch.setattr(sys, "argv", ["assignments.py", "grade", "ann", *map(str, args)])
+        assignments.main()
+        return capsys.readouterr().out
+
+    (folder / "ann").mkdir()
+    assert grade().endswith("10 green\n    2 red: why\n    3 red: why\n") and limits == [30] * 10
+    wrong.clear()
+    assert grade("--limit", 7, "--no-film").startswith("ann: 10 of 10: ") and limits[10:] == [7] * 10
+    grade("--only", *EXERCISES)
+    assert not films
+    grade()
+    assert films == [Path("ann")]
+
+
 def test_all_green_is_rewarded_with_a_film(folder, monkeypatch):
     monkeypatch.setattr(assignments, "STEPS", 2)
     monkeypatch.setattr(assignments, "FRAMES", 9)
@@ -696,6 +733,16 @@ def test_all_green_is_rewarded_with_a_film(folder, monkeypatch):
     assert rows[0] == rows[1] != rows[2]  # the same code and seed make the same film
 
 
+def test_the_rows_of_a_film(folder, monkeypatch):
+    """Their model, ours, and the shipped one run by their code."""
+    colours = {folder / "videomar.py": ("red", "blue"), ROOT / "videomar.py": ("lime", "black")}
+    monkeypatch.setattr(assignments, "train_and_sample", lambda source: [
+        Image.new("RGB", (4, 4), colour) for colour in colours[source]])
+    assignments.make_film(folder)
+    strip = Image.open(folder / "film-strip.png")
+    assert [strip.getpixel((0, y)) for y in (0, 8, 16)] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+
+
 def test_a_film_that_fails_hurts_no_other(folder, monkeypatch, capsys):
     monkeypatch.setattr(assignments, "EXERCISES", {})
     errors = iter([Bad("broken"), PermissionError("read-only")])
@@ -706,11 +753,13 @@ def test_a_film_that_fails_hurts_no_other(folder, monkeypatch, capsys):
 
 def test_the_reason_for_no_film_is_the_error_and_no_progress_bar(folder, monkeypatch):
     def fails(command, seconds, cwd, errors):
-        errors.write("RuntimeError: why\n\r  0%|          | 0/100 [00:00<?, ?it/s]")
+        assert (cwd / "videomar.py").read_text() == "# mine" and seconds == 900
+        assert command[:5] == ["train.py", "--frames", "5", "--steps", "100"]
+        errors.write("Traceback\nRuntimeError: why\n\r  0%|          | 0/100 [00:00<?, ?it/s]")
         return 1
 
     monkeypatch.setattr(assignments, "run_limited", fails)
-    (folder / "videomar.py").write_text(SOURCE)
+    (folder / "videomar.py").write_text("# mine")
     with pytest.raises(Bad, match="did not end well: RuntimeError: why$"):
         assignments.train_and_sample(folder / "videomar.py")
 

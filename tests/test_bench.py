@@ -64,7 +64,7 @@ def test_flops_of_the_parts_are_those_torch_counts():
 
 @pytest.mark.parametrize("cut", [True, False])
 def test_flops_of_training_are_those_torch_counts(cut, monkeypatch):
-    config = replace(TINY, layers=3, dim=128, heads=4)
+    config = replace(TINY, layers=3, dim=128, heads=4, diffusion_dim=128)
     torch.manual_seed(0)
     model = VideoMAR(config, Words(config.text_dim))
     monkeypatch.setattr(bench.videomar, "draw_mask_ratio", lambda mask_ratio: 0.86)
@@ -126,6 +126,11 @@ def test_how_time_is_taken(monkeypatch):
     assert bench.matmul_peak(cpu, torch.bfloat16) == 2 * 2048**3 / 0.5
     assert products[0].dtype == torch.bfloat16 and products[0].shape == (2048, 2048)
     assert 0.05 < float(bench.memory(cpu).split()[0]) < 100  # GiB
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
+    assert bench.memory(torch.device("cuda")).startswith("3.00 GiB of the GPU's")
+    monkeypatch.setattr("resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=3 * 2**20))  # kilobytes
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert bench.memory(cpu).startswith("3.00 GiB of memory")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -133,6 +138,31 @@ def test_bench_computes_in_the_dtype_that_is_asked_for(monkeypatch, dtype):
     monkeypatch.setattr(bench, "bench_sample", lambda *_: (torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
     args = ["sample", "--size", "16x16", "--frames", "5", "--device", "cpu", "--dtype", dtype]
     assert bench.measure(bench.options_parser().parse_args(args)) == getattr(torch, dtype)
+
+
+def test_a_training_step_is_computed_in_the_dtype_and_ends_with_all_optimisers(monkeypatch):
+    seen, before = [], []
+
+    def forward(model, *_):
+        seen.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        before[:] = [p.clone() for p in model.parameters()]
+        return sum((p * torch.randn_like(p)).sum() for p in model.parameters())
+
+    model, a = VideoMAR(TINY, Words(TINY.text_dim)), SimpleNamespace(preset="toy", batch=1, repeats=1)
+    monkeypatch.setattr(VideoMAR, "forward", forward)
+    monkeypatch.setattr(bench, "median_seconds", lambda works, *_: [work() or 1.0 for work in works])
+    monkeypatch.setattr(bench, "matmul_peak", lambda *_: 1e12)
+    bench.bench_train(a, model, torch.device("cpu"), torch.bfloat16, (2, 3), 3)
+    assert seen == [torch.bfloat16] * 3 and not any(map(torch.equal, before, model.parameters()))
+
+
+def test_the_model_is_that_of_the_preset_and_the_defaults_are_those_of_readme(monkeypatch):
+    monkeypatch.setitem(PRESETS, "paper", {"model": TINY})
+    monkeypatch.setattr(bench, "bench_train", lambda a, model, *_: (model.config, vars(a)))
+    config, a = bench.measure(bench.options_parser().parse_args(["train", "--preset", "paper", "--device", "cpu"]))
+    assert config == TINY and (a["size"], a["frames"], a["stride"], a["repeats"]) == ((128, 128), 25, (4, 8, 8), 5)
+    a, planned = (bench.options_parser().parse_args([what]) for what in ("sample", "plan"))
+    assert (a.ntp_steps, a.nocache_frames, planned.gpus, planned.rate) == (24, 10**6, 1, 4e14)
 
 
 # ----------------------------------------------------------------------------------------------------------- plan
@@ -181,36 +211,49 @@ def test_the_plan_of_the_paper(monkeypatch, capsys):
 
 def test_the_plan_counts_every_option(monkeypatch, capsys):
     """Muon's products on each GPU, tokens by size and stride, the memory of the longest stage and of one part."""
-    args = ["--size", "128x192", "--stride", "8x16x16", "--frames", "33,17", "--batch", 32, "--gpus", 4, "--parts", 8]
+    args = ["--size", "128x192", "--stride", "8x16x16", "--frames", "33,17", "--steps", "7,14", "--batch", 32,
+            "--gpus", 4, "--parts", 8]
     config, flops = PRESETS["toy"]["model"], {}
     for optimiser in ("adamw", "muon"):
         text, result = plan(monkeypatch, capsys, *args, "--optimiser", optimiser)
         flops[optimiser] = result["flops_a_step"]
     counted = [bench.mean_train_flops(config, 8 * 12, t, 32, True) for t in (5, 3)]
-    own = 4 * bench.muon_flops(VideoMAR(config, Words(config.text_dim)), "muon")
+    model = VideoMAR(config, Words(config.text_dim))
+    own = 4 * bench.muon_flops(model, "muon")
     assert flops["adamw"] == pytest.approx(counted, rel=1e-5)
     assert flops["muon"] == pytest.approx([one + own for one in counted], rel=1e-5)
     whole, recompute = (line for line in text.split("\n") if line.startswith("memory"))
+    count, words = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.text))
+    assert f"toy, {count:.1f} M parameters; {words:.1f} M of them" in text
+    for stage, (t, length) in enumerate(((5, 33), (3, 17)), 1):
+        assert (f"stage {stage}    {length} frames = {t} latent frames of 96 tokens, {7 * stage} steps of 32 clips, "
+                f"{32 * 96 * (t + 2) // 2} tokens and {result['flops_a_step'][stage - 1]:.3g} FLOPs") in text
+    assert f" {result['state_bytes'] / 2**30:.2f} GiB of parameters" in whole
+    assert f"{result['flops']:.3g} FLOPs: {result['days']:.3g} days on 4 GPUs" in text
     kept = 4 * 5 * 96 * 192  # channels of 4 clips of 5 latent frames
     assert f"about {kept * 60 * 6 / 2**30:.2f} of" in whole and "--recompute" not in whole
     assert f"about {kept * (4 * 6 + 60) / 2**30:.2f} of" in recompute and "--recompute" in recompute
 
 
 def test_ratios_and_shares_by_hand(monkeypatch, capsys):
-    """Three of twelve steps, two of three frames; a peak of 10 MFLOP/s. In training t = 1, 2, then the whole."""
+    """Six of 24 steps, two of three frames; a peak of 10 MFLOP/s. In training t = 1, 2, then the whole."""
     model, cpu = VideoMAR(TINY, Words(TINY.text_dim)), torch.device("cpu")
-    a = SimpleNamespace(preset="toy", batch=2, repeats=1, ntp_steps=3, nocache_frames=2, growth=True)
+    a = SimpleNamespace(preset="toy", batch=2, repeats=1, ntp_steps=6, nocache_frames=2, growth=True)
     monkeypatch.setattr(bench, "matmul_peak", lambda *_: 1e7)
-    monkeypatch.setattr(bench, "seconds", lambda *_: 12.0)
+    monkeypatch.setattr(bench, "seconds", lambda work, device: work() or 12.0)
+    monkeypatch.setattr(bench, "generate", lambda model, given, captions, frames, sampling: asked.append(
+        (frames, sampling.unmask_steps, sampling.diffusion_steps)))
     monkeypatch.setattr(bench, "median_seconds", lambda *_: [2.0, 30.0, 10.0])
-    sampling = Sampling(unmask_steps=6, **PRESETS["toy"]["sampling"])
-    part, whole, cached = (sum(bench.sample_flops(TINY, sampling, 6, frames, how))
+    sampling, asked = Sampling(unmask_steps=6, **PRESETS["toy"]["sampling"]), []
+    part, whole, cached = (sum(bench.sample_flops(TINY, sampling, 12, frames, how))
                            for frames, how in ((2, "nocache"), (3, "nocache"), (3, "cache")))
-    assert bench.bench_sample(a, model, cpu, torch.float32, (2, 3), 3) == pytest.approx(dict(
+    assert bench.bench_sample(a, model, cpu, torch.float32, (3, 4), 3) == pytest.approx(dict(
         ntp_s=8, nocache_s=30 * whole / part, cache_s=10, cache_ratio=3 * whole / part, ntp_ratio=0.8,
         cache_ratio_flops=whole / cached, peak_share=2 * cached / 10 / 1e7, s_per_latent_frame=5))
     out = capsys.readouterr().out
     assert "7: 2.000, 13: 1.000, 25: 0.500, 49: 0.250 latent frames" in out
+    assert asked == [(7, 4, 4), (13, 4, 4), (25, 4, 4), (49, 4, 4)]
+    assert "next token: 6 of 24 steps" in out and "the first 2 of 3 latent frames" in out
     row = next(line.split() for line in out.split("\n") if line.startswith("masked, with cache"))
     assert [float(row[3]), float(row[-1][:-1])] == pytest.approx([10, 100 * 2 * cached / 10 / 1e7], abs=0.06)
     monkeypatch.setattr(bench, "median_seconds", lambda *_: [1.0, 3.0, 8.0])
@@ -221,6 +264,29 @@ def test_ratios_and_shares_by_hand(monkeypatch, capsys):
     for row, flops, s, tokens in zip(rows, (full, cut), (8, 2), (36 / 8, 15), strict=True):
         share, rate = float(row[-2][:-1]), float(row[-1])
         assert (share, rate) == pytest.approx((100 * flops / s / 1e7, tokens), abs=0.51)
+
+
+def test_the_columns_of_the_tables(monkeypatch, capsys):
+    """In TFLOP of two clips, or of the four of a training step; a peak of 100 TFLOP/s."""
+    model, cpu = VideoMAR(TINY, Words(TINY.text_dim)), torch.device("cpu")
+    a = SimpleNamespace(preset="toy", batch=2, repeats=1, ntp_steps=3, nocache_frames=2, growth=False)
+    counted = {"ntp": (1e12, 2e12, 3e12), "nocache": (4e12, 5e12, 6e12), "cache": (7e12, 8e12, 9e12)}
+    monkeypatch.setattr(bench, "matmul_peak", lambda *_: 1e14)
+    monkeypatch.setattr(bench, "sample_flops", lambda c, s, n, frames, how: [frames * one for one in counted[how]])
+    monkeypatch.setattr(bench, "median_seconds", lambda *_: [2.0, 30.0, 10.0])
+    bench.bench_sample(a, model, cpu, torch.float32, (2, 3), 3)
+    monkeypatch.setattr(bench, "mean_train_flops", lambda c, n, frames, batch, cut: (2 if cut else 16) * 1e12)
+    monkeypatch.setattr(bench, "muon_flops", lambda *_: 0)
+    monkeypatch.setattr(bench, "median_seconds", lambda *_: [0.1, 0.3, 0.8])
+    a.batch = None
+    bench.bench_train(a, model, cpu, torch.float32, (2, 3), 3)
+    out = capsys.readouterr().out
+    assert [" ".join(line.split()) for line in out.split("\n") if "%" in line] == [
+        "next token, with cache 8.00 6.000 12.000 18.000 4.500 4.5%",
+        "masked, without cache 45.00 24.000 30.000 36.000 2.000 2.0%",
+        "masked, with cache 10.00 42.000 48.000 54.000 14.400 14.4%",
+        "full sequence, dense mask 0.800 16.000 20.000 20.0% 90", "cut after frame t 0.200 2.000 10.000 10.0% 300"]
+    assert out.count("peak 100.00 TFLOP/s") == 2
 
 
 def test_what_is_timed_is_what_is_counted(monkeypatch):

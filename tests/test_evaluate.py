@@ -5,6 +5,7 @@ import os
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import evaluate
 import numpy as np
@@ -17,7 +18,7 @@ from test_cli import frames_of
 
 from data import world
 from data.files import mix_seed, save
-from data.video import psnr, read_clip, to_float, to_uint8
+from data.video import psnr, read_clip, timeline, to_float, to_uint8
 
 HAS_AV = importlib.util.find_spec("av") is not None
 MOVING = "star", "red", "moves right slowly", 0.4, 0.5, 0.18  # the sprite of the true clips below
@@ -76,6 +77,7 @@ def test_each_of_two_sprites_is_measured():
     right, wrong = (world.render(scene, 13, 64, 64) for scene in (truth, other))
     assert evaluate.measure(right, right, truth)[:3] == pytest.approx([1, 1, 0])
     assert evaluate.measure(wrong, right, truth)[:3] == pytest.approx([0.5, 0.5, 64 * 0.02 * 6.5 / 2], rel=0.15)
+    assert evaluate.measure(wrong, right, truth)[3] > 35  # where neither of the two is
 
 
 def test_a_hidden_sprite_is_not_found():
@@ -85,6 +87,7 @@ def test_a_hidden_sprite_is_not_found():
     places = evaluate.centres(evaluate.sprite_masks(video, truth))[0, 1:]
     assert (shape, colour, degree) == (0, 0, 0)
     assert error == pytest.approx(np.hypot(*(places - 31.5).T).mean())  # it counts as in the picture's middle
+    assert evaluate.centres(np.zeros((5, 9), bool)).tolist() == [2, 4]
 
 
 @pytest.mark.parametrize("motion", ["stays still", "grows"])
@@ -134,18 +137,19 @@ def test_a_path_is_measured_from_every_fourth_frame_and_change_from_each():
 
 def test_the_report_by_hand(capsys):
     """Means over clips and frames, the error of the mean over clips, and what applies to some clips or to none."""
-    psnrs = torch.tensor([[[19, 21], [10, 12], [34, 36]], [[28, 32], [18, 20], [34, 36]],
-                          [[24, 26], [14, 16], [34, 36.0]]])
+    psnrs = torch.tensor([[[19, 21], [10, 12], [39, 41]], [[28, 32], [18, 20], [39, 41]],
+                          [[24, 26], [14, 16], [39, 41.0]]])
     measures = np.ones((3, 3, 6))
     measures[:, 0] = [[0, 1, 2, 3, np.nan, np.nan], [1, 1, 4, 5, 6, np.nan], [0.5, 1, 3, 4, 2, np.nan]]
     result = evaluate.report(psnrs, measures, 1, 7.0)
-    want = dict(clips=3, psnr=25, psnr_copy=15, psnr_tokenizer=35, gap_closed=0.5, seconds=7, psnr_error=50**0.5 / 3)
+    want = dict(clips=3, psnr=25, psnr_copy=15, psnr_tokenizer=40, gap_closed=0.4, seconds=7, psnr_error=50**0.5 / 3)
     assert {name: result[name] for name in want} == pytest.approx(want, abs=1e-4)
     assert [result[name] for name in evaluate.MEASURES] == [0.5, 1, 3, 4, 4, None]
     assert result["psnr_by_frame"] == [23.667, 26.333]
     assert evaluate.report(psnrs[:, [0, 1, 1]], measures, 1, 7.0)["gap_closed"] is None  # there is no gap
-    out = capsys.readouterr().out  # of three clips, of two, of none
-    assert "3.00 ± 0.47" in out and "4.00 ± 1.41" in out and "nan ±  nan" in out
+    head, row, *_ = capsys.readouterr().out.split("\n")[4:]
+    assert head.split()[-6:] == [*evaluate.MEASURES] and row.startswith("sample ")
+    assert "3.00 ± 0.47" in row and "4.00 ± 1.41" in row and "nan ±  nan" in row  # of three clips, of two, of none
 
 
 # -------------------------------------------------------------------------------------------------- evaluation
@@ -207,15 +211,18 @@ def test_scores_are_of_held_out_clips(folder, monkeypatch, context, last, spans,
 @torch.no_grad()
 def test_what_is_scored_measured_and_shown_is_the_sample(folder, monkeypatch):
     """Of a sampler that is wrong: beside its rivals, against the truth, which stands above it in strip and video."""
-    tokenizer, size, calls = tiny_tokenizer(), (16, 24), []
-    truth = to_float(world.World().held_out(2, 9, size)[0])
+    tokenizer, size, calls, clock = tiny_tokenizer(), (16, 24), [], iter([100, 142])
+    truth = to_float(world.World().held_out(21, 9, size)[0])
     true_tokens = tokenizer.encode(truth)
     tokens = true_tokens.flip(-1)
     monkeypatch.setattr(evaluate, "generate", lambda *args: tokens)
     monkeypatch.setattr(evaluate, "measure", lambda video, true, *_: calls.append((video, true)) or np.ones(6))
-    result = evaluate.evaluate(tiny_model(), tokenizer, 2, 9, size, TINY_SAMPLING, folder / "a.webp")
+    monkeypatch.setattr(evaluate, "time", SimpleNamespace(time=lambda: next(clock)))
+    args = TINY_SAMPLING, folder / "a.webp", 1, None, 5
+    result = evaluate.evaluate(tiny_model(), tokenizer, 21, 9, size, *args, batch=21)
+    assert result["seconds"] == 42
     rivals = tokenizer.decode(tokens), truth[:, :, :1].expand_as(truth), tokenizer.decode(true_tokens)
-    want = [(to_uint8(video[i]), to_uint8(truth[i])) for i in range(2) for video in rivals]
+    want = [(to_uint8(video[i]), to_uint8(truth[i])) for i in range(21) for video in rivals]
     for got, pair in zip(calls, want, strict=True):
         assert np.array_equal(got[0], pair[0]) and np.array_equal(got[1], pair[1])
     for key, video in zip(("psnr", "psnr_copy", "psnr_tokenizer"), rivals):
@@ -225,9 +232,13 @@ def test_what_is_scored_measured_and_shown_is_the_sample(folder, monkeypatch):
     sample, true = want[0]
     assert np.array_equal(strip[:16], np.hstack(true[::4])) and np.array_equal(strip[16:32], np.hstack(sample[::4]))
     assert np.array_equal(movie[:, :16, :24], true) and np.array_equal(movie[:, 16:, :24], sample)
+    assert strip.shape == (20 * 36 - 4, 3 * 24, 3) and movie.shape == (9, 32, 8 * 24, 3)  # of the first 20, and 8
+    assert np.array_equal(movie[:, 16:, -24:], want[3 * 7][0])
+    assert timeline(Path("a.webp"), 0)[-1] == pytest.approx(9 / 5)
 
 
 def test_options_reach_the_evaluation(folder, tiny_files, monkeypatch, capsys):
+    assert evaluate.options_parser().parse_args([]).clips == 64  # as RESULTS.md says of its scores
     seen = []
     monkeypatch.setattr(evaluate, "evaluate", lambda *args: seen.extend(
         [args[2:], (torch.ones(2, 2) @ torch.ones(2, 2)).dtype]))
@@ -334,7 +345,8 @@ def test_every_clip_has_its_own_prompt_and_the_rate(folder, prompts, monkeypatch
     def generate(model, given, captions, frames, sampling, use_cache):
         pictures = ["one" if change < 0.1 else "two" for change in (given - given[:1]).abs().amax((1, 2, 3, 4))]
         seen.append((captions, frames, use_cache))
-        assert sampling == TINY_SAMPLING and (captions == pictures or len(set(captions)) == 1)
+        assert given.shape[1:4] == (1, 2, 3) and sampling == TINY_SAMPLING
+        assert captions == pictures or len(set(captions)) == 1
         return given.new_zeros(len(given), frames, 2, 3, 16)
 
     monkeypatch.setattr(evaluate, "generate", generate)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, TINY_SAMPLING
+from PIL import Image
 
 from data import world
 from data.files import DATA, Bad, save
@@ -36,6 +37,7 @@ def test_a_score_is_kept_and_says_how_it_was_sampled(folder, tiny_files, monkeyp
     assert one == (2, 25, (64, 64), TINY_SAMPLING, out / "a.png", 1, None) and batch == {"batch": 16}
     changed = experiments.replace(TINY_SAMPLING, temperature=0.3, unmask_steps=1)
     assert two == (2, 9, (16, 24), changed, out / "b.png", 2, "") and draw == other_draw
+    assert seen[1][1] == {"batch": 16 * 25 * 64 * 64 // (9 * 16 * 24)}
     assert experiments.Lab(options(folder, tiny_files)).score("a") == {"psnr": 1.0} and len(seen) == 2
     newer = torch.load(tiny_files / "ckpt.pt", weights_only=True)
     newer["sampling"]["order"] = "raster"  # what is not known is ignored, as in sample.py
@@ -45,24 +47,52 @@ def test_a_score_is_kept_and_says_how_it_was_sampled(folder, tiny_files, monkeyp
     for changes in ({"clips": 3}, {"steps": [3, 3, 3]}, {"dtype": "bfloat16"}):
         with pytest.raises(Bad, match="it holds results of"):
             experiments.Lab(options(folder, tiny_files, **changes))
+    os.utime(folder / "newer.pt", (1, 1))  # trained anew; and another one of the same time
+    shutil.copy2(folder / "newer.pt", folder / "again.pt")
+    for name in ("newer.pt", "again.pt"):
+        with pytest.raises(Bad, match="it holds results of"):
+            experiments.Lab(options(folder, tiny_files, ckpt=folder / name, out=folder / "other"))
+        (folder / "other/table5/results.json").unlink(missing_ok=True)
+        experiments.Lab(options(folder, tiny_files, ckpt=folder / "newer.pt", out=folder / "other")).once("a", int)
+
+
+def test_a_score_is_of_the_checkpoint_that_was_trained(folder, tiny_files, monkeypatch):
+    """Its weights, and how it samples, whatever was scored before; in the dtype that is asked for."""
+    content, seen = torch.load(tiny_files / "ckpt.pt", weights_only=True), []
+    content["sampling"]["cfg"] = 7.0
+    content["ema"] = {name: value + 1 for name, value in content["ema"].items()}
+    save(content, folder / "other.pt")
+    monkeypatch.setattr(experiments, "evaluate", lambda model, tokenizer, count, frames, size, sampling, *_, **__: (
+        seen.append((model, sampling.cfg, (torch.ones(2, 2) @ torch.ones(2, 2)).dtype))))
+    lab = experiments.Lab(options(folder, tiny_files, dtype="bfloat16"))
+    lab.score("a")
+    lab.score("b", folder / "other.pt")
+    (one, cfg, dtype), (other, other_cfg, _) = seen
+    assert (cfg, other_cfg, dtype) == (TINY_SAMPLING.cfg, 7, torch.bfloat16)
+    assert torch.equal(other.norm.bias, one.norm.bias + 1)
 
 
 def test_a_table_is_written_and_printed(folder, tiny_files, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["experiments.py", "table5", "--clips", "2"])
-    experiments.Lab(options(folder, tiny_files)).table(["", "PSNR, dB"], [["one", "30.00"], [2, None]])
+    lab = experiments.Lab(options(folder, tiny_files))
+    lab.start -= 600
+    lab.table(["", "PSNR, dB"], [["one", "30.00"], [2, None]])
     text = (folder / "out/table5.md").read_text()
     assert text.split("\n")[:4] == ["|  | PSNR, dB |", "| --- | --- |", "| one | 30.00 |", "| 2 | None |"]
     assert "`python tests/experiments.py table5 --clips 2`, 2 clips, " in text and text in capsys.readouterr().out
+    assert " 10 min in this run" in text
+    lab.table([], [], clips=16)
+    assert ", 16 clips, " in (folder / "out/table5.md").read_text()
 
 
 def test_steps_are_those_of_three_stages(monkeypatch):
-    seen = []
+    seen, defaults = [], []
 
     def table4(steps):
         """Takes what stands for the Lab."""
         seen.append(steps)
 
-    monkeypatch.setattr(experiments, "Lab", lambda a: a.steps)
+    monkeypatch.setattr(experiments, "Lab", lambda a: defaults.append((a.seeds, a.clips)) or a.steps)
     monkeypatch.setitem(experiments.EXPERIMENTS, "table4", table4)
     for steps in ([], ["--steps", "7"], ["--steps", "1,2,3"]):
         monkeypatch.setattr(sys, "argv", ["experiments.py", "table4", *steps])
@@ -71,7 +101,7 @@ def test_steps_are_those_of_three_stages(monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    assert seen == [[700, 150, 350], [7, 7, 7], [1, 2, 3]]
+    assert seen == [[700, 150, 350], [7, 7, 7], [1, 2, 3]] and defaults[0] == (3, 32)
     monkeypatch.setattr(sys, "argv", ["experiments.py", "table4", "--steps", "1,2"])
     with pytest.raises(Bad, match="--steps has 2 numbers for 3 stages"):
         experiments.main()
@@ -85,10 +115,11 @@ def test_the_checkpoint_is_that_of_sample(folder, tiny_files):
 
 def test_clips_are_sampled_from_a_first_frame_or_from_text_alone(folder, tiny_files, monkeypatch):
     """Opening a model, which is done once, draws nothing."""
-    lab, seen, video = experiments.Lab(options(folder, tiny_files)), [], np.stack([world.clip(i, 9, 16, 24)[0]
-                                                                                   for i in range(2)])
+    lab, seen = experiments.Lab(options(folder, tiny_files, dtype="bfloat16")), []
+    video = np.stack([world.clip(i, 9, 16, 24)[0] for i in range(2)])
 
     def generate(model, given, captions, frames, sampling, then):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
         seen.append((given, captions, frames, sampling, then, torch.rand(1).item()))
         return given.new_zeros(2, frames, 2, 3, 16)
 
@@ -96,7 +127,7 @@ def test_clips_are_sampled_from_a_first_frame_or_from_text_alone(folder, tiny_fi
     for clip in (video, video[:, :0]):
         torch.manual_seed(0)
         assert lab.sample(lab.ckpt, clip, ["a", "b"], 9, {1: ["c", "d"]}).shape == (2, 3, 9, 16, 24)
-    with torch.no_grad():
+    with torch.no_grad(), lab.autocast:
         want = lab.model(lab.ckpt)[1].encode(to_float(torch.from_numpy(video[:, :1])))
     assert torch.equal(seen[0][0], want) and seen[1][0].shape == (2, 0, 2, 3, 16)
     assert seen[0][1:] == seen[1][1:] and seen[0][1:5] == (["a", "b"], 3, TINY_SAMPLING, {1: ["c", "d"]})
@@ -177,7 +208,9 @@ def test_means_and_errors_by_hand():
     assert experiments.mean([1, 2, 6]) == "3.00 ± 1.53" and experiments.mean([2]) == "2.00"
     one = dict(psnr=30, psnr_error=0.25, psnr_by_frame=[33, 30, 27], gap_closed=0.5, shape=0.9, colour=1,
                motion_error=2, dynamic_degree=None)
-    assert experiments.cells([one]) == ["30.00 ± 0.25", "33.00", "27.00", "0.50", "0.90", "1.00", "2.00", "nan"]
+    assert dict(zip(experiments.HEAD, experiments.cells([one]), strict=True)) == {
+        "PSNR, dB": "30.00 ± 0.25", "first": "33.00", "last": "27.00", "gap closed": "0.50", "shape": "0.90",
+        "colour": "1.00", "motion error, px": "2.00", "dynamic degree": "nan"}
     two = {**one, "psnr": 32, "psnr_by_frame": [35, 30, 27], "shape": 0.7}
     assert experiments.cells([one, two])[:5] == ["31.00 ± 1.00", "34.00 ± 1.00", "27.00 ± 0.00", "0.50 ± 0.00",
                                                  "0.80 ± 0.10"]
@@ -189,23 +222,26 @@ class Notes:
     def __init__(self, folder):
         self.a, self.folder = SimpleNamespace(seeds=2, clips=4, steps=[700, 150, 350]), folder
         self.ckpt, self.device, self.trained, self.scored = Path("given.pt"), torch.device("cpu"), [], []
+        self.keys = []
 
     def train(self, name, seed=0, *options, frames="5,13,25", steps=None):
         self.trained.append((name, seed, options, frames, steps))
         return f"{name}-{seed}"
 
     def score(self, key, ckpt=None, frames=25, size=(64, 64), context=1, prompt=None, **changes):
-        number = len(self.scored)
+        number = self.once(key, lambda: len(self.scored))
         self.scored.append((ckpt, frames, size, context, prompt, changes))
         return dict(psnr=number, psnr_error=0, psnr_by_frame=[100, number, number, number, number + 4], seconds=number,
                     gap_closed=number / 100, shape=0, colour=0, motion_error=number, dynamic_degree=0)
 
     def once(self, key, function):
+        assert key not in self.keys  # it would get the earlier result
+        self.keys.append(key)
         return function()
 
     def table(self, head, rows, clips=None):
         assert all(len(row) == len(head) for row in rows)
-        self.rows, self.clips = rows, clips
+        self.head, self.rows, self.clips = head, rows, clips
 
 
 def test_table4(folder):
@@ -259,6 +295,7 @@ def test_positions_and_curriculum(folder):
     assert [one[0] for one in lab.scored] == ["videomar-0", "videomar-1", "absolute-0", "absolute-1"] * 7
     assert [row[0] for row in lab.rows] == [
         "25, 64x64", "49, 64x64", "97, 64x64", "25, 64x96", "25, 96x64", "25, 96x96", "25, 128x128"]
+    assert lab.head == ["frames, size", "RoPE, dB", "absolute, dB", "RoPE, gap closed", "absolute, gap closed"]
     assert lab.rows[1] == ["49, 64x64", "4.50 ± 0.50", "6.50 ± 0.50", "0.04 ± 0.01", "0.07 ± 0.01"]
     assert all(f"{frames}, {h}x{w}" == row[0] for row, (_, frames, (h, w), *_) in zip(lab.rows, lab.scored[::4]))
     lab = Notes(folder)
@@ -276,21 +313,31 @@ def test_blinking_cats_and_their_score(folder):
         video, caption, eyes, closed = experiments.blinking(seed)
         assert closed.nonzero()[0].tolist() == [*range(5, 9), *range(17, 21)] and f"a {colour} cat blinks on" in caption
         assert (video[:, eyes].mean((1, 2)) > 1.5 * video[0][eyes].mean()).tolist() == closed.tolist()
-    for shown, psnr, eyes in ((lambda truth: truth, 50, 1), (lambda truth: truth[:, :1].repeat(25, 1), None, 16 / 24)):
+    for shown, psnr, eyes in (
+            (lambda truth: np.concatenate([255 - truth[:, :1], truth[:, 1:]], 1), 50, 1),  # frame 0 does not count
+            (lambda truth: (0.6 * truth[:, :1] + 0.4 * truth).astype(np.uint8), None, 16 / 24),  # not half closed
+            (lambda truth: truth[:, :1].repeat(25, 1), None, 16 / 24)):
         lab.sample = lambda ckpt, truth, captions, frames: to_float(torch.from_numpy(shown(truth)))
         score = experiments.score_blinking(lab, None, "a", range(4))
         assert score["eyes"] == pytest.approx(eyes) and (psnr is None or score["psnr"] == pytest.approx(psnr, abs=0.1))
-    given = []
-    lab.sample = lambda ckpt, truth, captions, frames: given.append((ckpt, captions)) or to_float(
-        torch.from_numpy(truth))
+    strip, video = np.asarray(Image.open(folder / "a.png")), experiments.blinking(0)[0]  # the truth above the last one
+    assert np.array_equal(strip[:64], np.hstack(video[::2]))
+    assert np.array_equal(strip[64:128], np.hstack(video[:1].repeat(13, 0)))
+    given, draws = [], []
+    lab.sample = lambda ckpt, truth, captions, frames: given.append((ckpt, captions)) or draws.append(
+        torch.rand(1).item()) or to_float(torch.from_numpy(truth))
+    once = lab.once
+    lab.once = lambda key, function: once(key, function) and {"psnr": len(given), "eyes": 0.5}
     experiments.finetune(lab)
-    assert lab.clips == 16
+    assert lab.clips == 16 and lab.rows == [[label, f"{number}.00", "0.50"] for number, label in enumerate(
+        ("before", "after 800 steps on 8 clips", "the 8 clips themselves"), 1)]
     others, own = ([experiments.blinking(seed)[1] for seed in seeds] for seeds in (range(1000, 1016), range(8)))
     assert given == [(lab.ckpt, others), ("blink-0", others), ("blink-0", own)]
+    assert len(set(draws)) == 1 and all((folder / f"{name}.png").exists() for name in ("before", "after", "learned"))
     (name, _, told, frames, steps), = lab.trained
     told = dict(zip(told[::2], told[1::2]))
     assert told["--init"] == lab.ckpt and told["--data"] == folder / "clips" and told["--size"] == "64x64"
-    assert (frames, steps) == ("25", [800])
+    assert (told["--fps"], told["--lr"], told["--noise"], frames, steps) == (12, 5e-4, 0.15, "25", [800])
     assert np.array_equal(read_clip(folder / "clips/3.webp", (64, 64), 25, fps=12), experiments.blinking(3)[0])
     assert (folder / "clips/3.txt").read_text().strip() == own[3]
 
@@ -311,6 +358,30 @@ def test_text2video_reads_what_was_generated_and_what_is_drawn(folder):
     experiments.text2video(lab)
     assert [row[1:] for row in lab.rows] == [["0.00", "0.00", "0.00"], ["1.00", "1.00", "1.00"]]
     assert lab.clips == 2 * lab.a.clips
+    assert lab.head == ["2 captions", "shape", "colour", "direction"] and lab.rows[0][0] == "generated"
+
+
+def test_batches_go_on_with_other_clips_and_draws(folder, monkeypatch):
+    """Of 16 clips, which are made white, and of 1 or 2; the same draws in each row of `then`."""
+    lab, asked, draws = Notes(folder), [], []
+
+    def sample(ckpt, video, captions, frames, then=None):
+        asked.extend(captions)
+        draws.append(torch.rand(1).item())
+        return torch.full((len(captions), 3, frames, 64, 64), len(captions) / 8 - 1)
+
+    lab.a.clips, lab.sample, lab.model = 17, sample, lambda ckpt: (SimpleNamespace(config=TINY), None)
+    experiments.then(lab)
+    assert asked[:17] == [world.scene(seed, held_out=True).caption() for seed in range(17)]
+    assert draws[:2] == draws[2:] and draws[0] != draws[1]
+    for change in (False, True):
+        strip = np.asarray(Image.open(folder / f"strip-{change}.png"))
+        assert (strip[64:128] == 255).all() and not (strip[:64] == 255).all()  # the truth above the sample
+    monkeypatch.setattr(experiments, "read_sprite", lambda *_: ("star", "red", "left"))
+    lab.a.clips = 9
+    experiments.text2video(lab)
+    assert draws[4] != draws[5] and len(asked) == 2 * 17 + 2 * 9
+    assert (np.asarray(Image.open(folder / "strip.png")) == 255).all()  # of the first twelve
 
 
 @pytest.mark.parametrize("direction", world.DIRECTIONS)
