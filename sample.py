@@ -246,7 +246,7 @@ def kept_tokens(box, size, stride):
 def later_prompts(a, given_frames, frames, stride, config):
     """--then as `generate` takes it: {latent frame: captions}. frames, given_frames: in pixel frames. Raises Bad."""
     if a.then and (a.no_cache or a.box or not config.cuts):
-        raise Bad("--then: it needs the cache of a causal next-frame model; leave out --no-cache and --box")
+        raise Bad("--then: it needs the cache of a causal next-frame model; leave it out, or --no-cache and --box")
     then = {(int(frame) + stride - 1) // stride: [prompt] * a.n for frame, prompt in a.then if frame.isdecimal()}
     if len(then) < len(a.then) or not all(given_frames <= stride * t < frames for t in then):
         named = " ".join(frame for frame, _ in a.then)

@@ -86,8 +86,8 @@ class Tokenizer(nn.Module):
 
     The first frame is encoded as s copies of itself, so that one encoder serves both, and a still clip has the same
     tokens in every latent frame. The batch norm behind the encoder holds the mean and std per channel which give the
-    tokens unit variance. So they cannot outgrow the noise that training adds to them, which does what a VAE's KL term
-    would.
+    tokens unit variance. So they cannot outgrow the noise that training adds to them: together the two stand in for a
+    VAE's KL term.
     """
 
     measured, hint = True, ""
@@ -234,10 +234,10 @@ def check_size(stride, frames, height, width):
 
 
 def check_clip(stride, frames, height, width):
-    """As `check_size`, for clips to train a model on: a picture alone is refused, too."""
-    check_size(stride, frames, height, width)
-    if frames == 1:
+    """As `check_size`, for clips to train a model on: one latent frame alone is refused, too."""
+    if frames <= stride[0]:
         raise Bad(f"--frames {frames}: {1 + stride[0]} are needed at least, for one latent frame more")
+    check_size(stride, frames, height, width)
 
 
 # -------------------------------------------------------------------------------------------------------- text

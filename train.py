@@ -58,8 +58,8 @@ def options_parser():
     add("--text", help="folder or name of a text encoder for transformers, such as Qwen/Qwen2-1.5B (learned words)")
     start.add_argument("--init", type=Path, help="start from the averaged weights of this checkpoint (from nothing)")
     start.add_argument("--resume", action="store_true", help="go on exactly where the run in --out stopped (off)")
-    add("--out", type=Path, default=Path("out"), help="folder to write; an earlier ckpt.pt and log.csv stay "
-                                                       "there as ckpt-before.pt and log-before.csv (out)")
+    add("--out", type=Path, default=Path("out"), help="folder to write; ckpt.pt and log.csv of the run before "
+                                                       "stay there as ckpt-before.pt and log-before.csv (out)")
     add("--batch", type=number(int, 1), help="clips a step, over all ranks (by the preset: 16, 64)")
     add("--parts", type=number(int, 1, 2**10), help="parts of the batch; a rank computes its own in turn (one a rank)")
     add("--optimiser", choices=("adamw", "muon"), help="muon: AdamW, but Muon for the inner matrices (by the preset)")
@@ -93,6 +93,8 @@ def read_options(argv=None):
 
     if a.resume:
         a.init = a.out / "ckpt.pt"
+        if not a.init.exists():
+            raise Bad(f"--resume: {a.init}: no such file; name with --out the folder of a run that has saved")
     checkpoint = load(a.init, "videomar") if a.init else {}
     kept = checkpoint.get("options")
     if a.resume:
@@ -131,7 +133,7 @@ def stage_steps(frames, steps, table):
         return [table.get(length, table[max(table)]) for length in frames]
     if len(steps) not in (1, len(frames)):
         raise Bad(f"--steps has {len(steps)} numbers for {len(frames)} stages; give one, or one for each stage")
-    return list(steps) if len(steps) > 1 else [steps[0]] * len(frames)
+    return list(steps) * (len(frames) // len(steps))
 
 
 def get_lr(a, step):
@@ -257,10 +259,12 @@ def save_checkpoints(a, step, seconds, model, ema, optimisers, tokenizer, sampli
 
 
 def open_log(a):
-    """Opens log.csv; --resume adds to it, and a new run sets aside what an earlier one saved in --out."""
+    """Opens log.csv; --resume adds to it, and a new run sets aside the weights and the log that are in --out."""
     if not a.resume and (a.out / "ckpt.pt").exists():  # a log alone is of a run that saved nothing
         set_aside(a.out / "ckpt.pt")
         set_aside(a.out / "log.csv")
+    elif not a.resume:
+        set_aside(a.out / "videomar.pt")  # copied from elsewhere: no ckpt.pt here has its weights
     log = open(a.out / "log.csv", "a" if a.resume else "w", buffering=1)  # --resume after a kill repeats lines
     if log.tell() == 0:
         print("step,stage,t,loss,lr,seconds", file=log)

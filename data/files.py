@@ -101,7 +101,7 @@ def write(path, save):
     except Exception as e:  # a full disk (of which torch makes a RuntimeError), more pixels than the format can hold
         full = getattr(e, "errno", None) == errno.ENOSPC or "unexpected pos" in str(e)
         reason = "the disk is full" if full else getattr(e, "strerror", None) or e
-        raise Bad(f"{path}: it cannot be written ({reason}); choose another place") from None
+        raise Bad(f"{path}: it cannot be written ({reason}); choose another place, or fewer pixels") from None
     finally:
         part.unlink(missing_ok=True)
 

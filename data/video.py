@@ -301,7 +301,7 @@ def draw_step(tokenizer, latents, masked, t, step, counts):
     title = (f"latent frame {t} of {latents.shape[1] - 1}, step {step} of {len(counts)}:\n"
              f"{sum(counts[step:])} of {sum(counts)} tokens left")
     image = ImageOps.expand(Image.fromarray(strip), 64, "white")
-    ImageDraw.Draw(image).text((64, 4), title, "black", font_size=24)
+    ImageDraw.Draw(image).text((64, 4), title, "black", font_size=20)
     return np.asarray(image)
 
 

@@ -21,7 +21,6 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from shlex import quote
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for this file as a script
 
@@ -83,7 +82,7 @@ def start(folder, only):
     names = [name for exercise in chosen for name in EXERCISES.get(exercise, ())]
     path = folder / "videomar.py"
     path.write_text(blank(path.read_text(encoding="utf-8"), names), encoding="utf-8")
-    head = head.replace("GRADE", quote(str(TESTS / "assignments.py"))).replace("PROJECT", str(ROOT))
+    head = head.replace("PROJECT", str(ROOT))
     text = "\n\n".join([head.strip(), *(texts[exercise][0] for exercise in chosen)])
     (folder / "README.md").write_text(text + "\n", encoding="utf-8")
     print(f"{folder}: read README.md, and write {', '.join(names) or 'what it asks for'} in videomar.py")

@@ -594,7 +594,7 @@ def test_start_writes_a_folder_and_changes_nothing_else(folder, monkeypatch, cap
     for names in EXERCISES.values():
         for name in names:
             assert f"{name} is not written yet" in code and f"`{name}" in text
-    assert "## 11. Open" in text and "### Hint" not in text and "GRADE" not in text
+    assert "## 11. Open" in text and "### Hint" not in text and "PROJECT" not in text
     assert (ROOT / "videomar.py").read_text() == SOURCE
     assert code.count('"""') == SOURCE.count('"""')  # docstrings stay
     again = script("tests/assignments.py", "start", "mine")
@@ -605,7 +605,7 @@ def test_start_writes_a_folder_and_changes_nothing_else(folder, monkeypatch, cap
     text, code = (folder / "one/README.md").read_text(), (folder / "one/videomar.py").read_text()
     assert "write Diffusion.q_sample, Diffusion.posterior in videomar.py" in capsys.readouterr().out
     assert code.count("is not written yet") == 2 and "## 3." in text and "## 4." not in text
-    assert f"{ROOT}/README.md" in text and f"{ROOT}/tests/assignments.py grade ." in text
+    assert f"{ROOT}/README.md" in text and f'"{ROOT}/tests/assignments.py" grade .' in text
 
 
 def test_what_a_student_gets_may_be_written_though_the_project_may_not(folder, monkeypatch):

@@ -515,7 +515,9 @@ def test_a_run_that_saved_nothing_does_not_part_a_checkpoint_from_its_log(folder
     assert run_train(monkeypatch, *args) == 0 and run_train(monkeypatch, *args, "--seed", 1) == 0
     before = [(folder / "out" / name).read_bytes() for name in ("ckpt-before.pt", "log-before.csv")]
     os.remove("out/ckpt.pt")
+    weights = (folder / "out/videomar.pt").read_bytes()  # as if it were copied from elsewhere
     assert run_train(monkeypatch, *args, "--seed", 2) == 0
+    assert (folder / "out/videomar-before.pt").read_bytes() == weights
     assert [(folder / "out" / name).read_bytes() for name in ("ckpt-before.pt", "log-before.csv")] == before
     assert len(columns("out/log.csv")) == 3  # the head, its own step, the end
 
