@@ -51,9 +51,9 @@ class Latents(Source):
         settings, self.packed = content["settings"], content["tokenizer"]
         files = sorted(folder.glob("clip-*.pt"))
         self.clips = [file for file in files if file.stat().st_size]
-        if len(files) != settings["clips"] or not self.clips:
+        if len(files) != settings.get("clips") or not self.clips:
             raise Bad(f"{folder}: {len(self.clips)} clips in {len(files)} files, of which there should be "
-                      f"{settings['clips']}; run tokenizer.py --encode again")
+                      f"{settings.get('clips')}; run tokenizer.py --encode again")
         self.size, self.frames, self.fps = settings["size"], settings["frames"], settings["fps"]
         self.files = {**settings, "clips": len(self.clips)}  # encoded again, they may be more
         self.about = f"{folder}: {len(self.clips)} clips of latents, {self.frames} frames {self.size[0]}x{self.size[1]}"
