@@ -762,13 +762,14 @@ def play_two_ranks(monkeypatch):
     return called
 
 
-def test_no_file_is_renamed_before_all_ranks_have_read_theirs(folder, monkeypatch, tiny_files):
+def test_ranks_wait_until_files_are_read_and_until_they_are_written(folder, monkeypatch, tiny_files):
     called = play_two_ranks(monkeypatch)
     monkeypatch.setattr(train, "set_aside", lambda path: called.append(path.name))
     for _ in range(2):
         called.clear()
         assert run_train(monkeypatch, *SHORT, "--tokenizer", tiny_files / "tokenizer.pt") == 0
     assert called.index("barrier") < called.index("ckpt.pt")
+    assert called[-2:] == ["barrier", "destroy_process_group"]  # none ends before rank 0 has saved
 
 
 def test_gradients_are_clipped_after_all_ranks_are_summed(folder, monkeypatch, tiny_files):
