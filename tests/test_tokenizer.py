@@ -145,6 +145,7 @@ def test_packed_and_opened_is_the_same():
     tokenizer, video = tiny_tokenizer(), torch.rand(1, 3, 5, 16, 16)
     tokenizer.normalise.running_mean += 0.5  # as training leaves it
     again, tokens = open_tokenizer(packed=tokenizer.pack()), tokenizer.encode(video)
+    assert {v.dtype for v in tokenizer.pack()["state"].values()} == {torch.float16, torch.int64}  # small in a file
     assert torch.allclose(again.encode(video), tokens, atol=0.02)
     assert torch.allclose(again.decode(tokens), tokenizer.decode(tokens), atol=0.02)
     assert again.crc == tokenizer.crc == again.pack()["crc"]
