@@ -33,6 +33,11 @@ def tiny_tokenizer(stride=(4, 8, 8)):
     return filled(Tokenizer(stride, width=32, blocks=2).eval())
 
 
+def product_dtype():
+    """The dtype in which networks compute where this is called: that of autocast, if it is on."""
+    return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+
+
 def script(name, *args, env=None, timeout=240):
     """Runs a script of the repository in the current folder as a user would -> CompletedProcess."""
     return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], capture_output=True, text=True,

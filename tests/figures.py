@@ -197,12 +197,11 @@ def schedules(path):
     page.curve(place, range(steps + 1), left, BLUE)
 
     place = page.axes(340, 55, 205, 165, at[1:], ["1", "2", "3", "4"], "guidance (--cfg 3)", "in unmasking step")
-    schedules = (("constant", "constant", ORANGE, 3.2), ("linear", "linear in tokens", BLUE, 1.25))
-    for schedule, name, colour, y in schedules:
+    for schedule, more, colour, y in (("constant", "", ORANGE, 3.2), ("linear", " in tokens", BLUE, 1.25)):
         sampling = Sampling(cfg=3.0, cfg_schedule=schedule)
         values = [guidance_at(sampling, 1 - rest / n) for rest in left[1:]]
         page.curve(place, range(1, steps + 1), values, colour)
-        page.text(*place(3.6, y), name, colour, anchor="ls")
+        page.text(*place(3.6, y), schedule + more, colour, anchor="ls")
 
     ys = ["0.90", "0.92", "0.94", "0.96", "0.98", "1.00"]
     place = page.axes(620, 55, 205, 165, at[:-1], ys, "temperature", "generated frame j")

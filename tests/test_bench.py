@@ -8,7 +8,7 @@ import bench
 import pytest
 import torch
 import train
-from conftest import TINY, TINY_SAMPLING, script
+from conftest import TINY, TINY_SAMPLING, product_dtype, script
 from torch.utils.flop_counter import FlopCounterMode
 
 import videomar
@@ -135,7 +135,7 @@ def test_how_time_is_taken(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bench_computes_in_the_dtype_that_is_asked_for(monkeypatch, dtype):
-    monkeypatch.setattr(bench, "bench_sample", lambda *_: (torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+    monkeypatch.setattr(bench, "bench_sample", lambda *_: product_dtype())
     args = ["sample", "--size", "16x16", "--frames", "5", "--device", "cpu", "--dtype", dtype]
     assert bench.measure(bench.options_parser().parse_args(args)) == getattr(torch, dtype)
 
@@ -144,7 +144,7 @@ def test_a_training_step_is_computed_in_the_dtype_and_ends_with_all_optimisers(m
     seen, before = [], []
 
     def forward(model, *_):
-        seen.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        seen.append(product_dtype())
         before[:] = [p.clone() for p in model.parameters()]
         return sum((p * torch.randn_like(p)).sum() for p in model.parameters())
 

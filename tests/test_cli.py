@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_SAMPLING, script
+from conftest import ROOT, TINY, TINY_SAMPLING, product_dtype, script
 from PIL import Image, ImageSequence
 
 import sample
@@ -514,7 +514,7 @@ def test_sampling_computes_in_the_dtype_that_is_asked_for(tiny, monkeypatch, dty
     seen, generate = [], sample.generate
 
     def watched(*args, **options):
-        seen.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        seen.append(product_dtype())
         return generate(*args, **options)
 
     monkeypatch.setattr(sample, "generate", watched)

@@ -11,7 +11,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_SAMPLING, tiny_model, tiny_tokenizer
+from conftest import TINY_SAMPLING, product_dtype, tiny_model, tiny_tokenizer
 from PIL import Image
 from test_cli import call as call_script
 from test_cli import frames_of
@@ -241,7 +241,7 @@ def test_options_reach_the_evaluation(folder, tiny_files, monkeypatch, capsys):
     assert evaluate.options_parser().parse_args([]).clips == 64  # as RESULTS.md says of its scores
     seen = []
     monkeypatch.setattr(evaluate, "evaluate", lambda *args: seen.extend(
-        [args[2:], (torch.ones(2, 2) @ torch.ones(2, 2)).dtype]))
+        [args[2:], product_dtype()]))
     args = ["--clips", 2, "--context", 2, "--prompt", "", "--no-cache", "--fps", 5, "--size", "32x16", "--frames", 13]
     for dtype in ("bfloat16", "float32"):
         seen.clear()

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_SAMPLING, script, tiny_model, tiny_tokenizer
+from conftest import ROOT, TINY, TINY_SAMPLING, product_dtype, script, tiny_model, tiny_tokenizer
 from PIL import Image
 
 import tokenizer as tokenizer_script
@@ -267,7 +267,7 @@ def test_training_computes_in_the_dtype_that_is_asked_for(folder, monkeypatch, t
         function = getattr(where, name)
 
         def watched(*args):
-            seen.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+            seen.append(product_dtype())
             return function(*args)
 
         monkeypatch.setattr(where, name, watched)
