@@ -2,13 +2,14 @@
 
     python sample.py --img cat.png                          a video of data/cat.png, with the prompt in data/cat.txt
     python sample.py --video clip.gif --context 2 --n 4     four continuations of a clip's first two latent frames
-    python sample.py --prompt "a red cat moves left quickly on a blue background"     from text alone (ours)
+    python sample.py --prompt "a red cat moves left quickly on a blue background" --seed 3   from text alone
 """
 import time
 from dataclasses import dataclass, fields, replace
 from os.path import realpath, relpath
 from pathlib import Path
 
+import data  # noqa: F401, before torch
 import torch
 from einops import reduce
 from tqdm import tqdm
@@ -96,7 +97,7 @@ def generate(model, given, captions, frames, sampling, use_cache=True, then=None
     if config.loss == "next-frame":
         groups = [(t, t + 1, frame_sampling(sampling, t, n_given)) for t in range(n_given, frames)]
     else:
-        groups = [(n_given, frames, frame_sampling(sampling, 1, 1))]
+        groups = [(n_given, frames, frame_sampling(sampling, t=1, n_given=1))]
     quiet = ranks()[0] > 0 or None  # None: a bar is shown where there is a terminal
     for begin, end, now in tqdm(groups, "latent frames", leave=False, disable=quiet):
         if cache is not None and cache.length < begin * n:  # store keys and values of finished frames
@@ -183,7 +184,7 @@ def add_model_options(parser):
 
 
 def options_parser():
-    parser = Parser(description="Make a video of a picture, or continue a clip. A frame 0 that is not given is drawn "
+    parser = Parser(description="Make a video from a picture, or continue a clip. A frame 0 that is not given is drawn "
                                 "at temperature 0.8, in 60 unmasking steps or --steps, if they are more, and with "
                                 "guidance 5 or --cfg, if it is more.")
     source = parser.add_mutually_exclusive_group()
@@ -269,7 +270,7 @@ def main():
 
     # ----------------------------------------------------------------------------------- what is given and what is made
     latent_frames = 1 + (frames - 1) // stride
-    if a.box:  # editing: all frames are given, and all are made anew
+    if a.box:  # editing: all frames are given, and in each of them the tokens in the box are made anew
         n_given = made = latent_frames
         given_frames = frames  # pixel frames; n_given and made are latent frames
     else:

@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from shlex import quote
 
+import data  # noqa: F401, before torch
 import torch
 import torch.nn.functional as F
 from einops import rearrange

@@ -17,8 +17,7 @@ from functools import partial
 from pathlib import Path
 from shlex import quote
 
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "10000")  # the CPU compiles a kernel for each shape: keep all
-
+import data  # noqa: F401, before torch
 import torch
 import torch.distributed as dist
 from torch import nn

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 # ---------------------------------------------------------------------------------------------- configuration
 @dataclass
 class Config:
-    """The model and its loss. The defaults are the paper's; what it does not tell is MAR's or ours."""
+    """The model and its loss. The defaults are the paper's; what it leaves open is MAR's or ours."""
 
     layers: int = 36
     dim: int = 1536
@@ -106,7 +106,7 @@ def look_beside(config, strength=1.5):
 
     The place is drawn for each head: the query's own or one beside it, in its own latent frame or the one before. With
     k = R(offset) q, the biases' share of a score is largest for the key at the query's position minus `offset`. Motion
-    is read from such neighbours, and so no head must first learn to find them.
+    is read from such neighbours, so no head has to learn to find them.
     """
     heads, d = config.heads, config.dim // config.heads
     t = torch.randint(0, 2, (heads,))
@@ -159,7 +159,7 @@ def attend(q, k, v, mask=None):
 
 
 def frame_causal_attention(q, k, v, n):
-    """Each frame of n tokens sees itself and all earlier ones (paper 4.1); k and v may hold more of these than q.
+    """Each frame of n tokens sees itself and all earlier ones (paper 4.1); k and v may begin earlier than q.
 
     There is no mask: one product for each frame, its queries against the keys up to its end, computes the same.
     """

@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for this file as a script
 
+import data  # noqa: F401, before torch
 from PIL import Image
 
 from assignment_checks import EXERCISES

@@ -22,9 +22,9 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "10000")  # the CPU's kernels are made for each shape
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for this file as a script
 
+import data  # noqa: F401, before torch
 import torch
 
 import videomar

@@ -6,11 +6,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import data  # noqa: E402, F401, before torch
+import torch  # noqa: E402
 from assignment_checks import filled  # noqa: E402
 from data.files import save  # noqa: E402
 from sample import Sampling  # noqa: E402

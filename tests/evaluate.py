@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for this file as a script
 
+import data  # noqa: F401, before torch
 import numpy as np
 import torch
 from tqdm import tqdm

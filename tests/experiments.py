@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for this file as a script
 
+import data  # noqa: F401, before torch
 import numpy as np
 import torch
 from tqdm import tqdm
