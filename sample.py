@@ -1,7 +1,7 @@
 """The sampler: a picture or a clip, and a prompt, become a video, latent frame by latent frame.
 
     python sample.py --img cat.png                          a video of data/cat.png, with the prompt in data/cat.txt
-    python sample.py --video clip.gif --context 2 --n 4     four continuations of a clip's first two latent frames
+    python sample.py --video clip.gif --context 2           a continuation of a clip's first two latent frames
     python sample.py --prompt "a red cat moves left quickly on a blue background" --seed 3   from text alone
 """
 import time
