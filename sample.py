@@ -270,6 +270,8 @@ def main():
 
     # ----------------------------------------------------------------------------------- what is given and what is made
     latent_frames = 1 + (frames - 1) // stride
+    if a.watch and latent_frames > 13:  # memory grows with the square
+        raise Bad(f"--watch: it draws all frames after each step; give --frames {1 + 12 * stride} or fewer")
     if a.box:  # editing: all frames are given, and in each of them the tokens in the box are made anew
         n_given = made = latent_frames
         given_frames = frames  # pixel frames; n_given and made are latent frames
@@ -314,7 +316,7 @@ def main():
     seconds = time.time() - start
 
     # ---------------------------------------------------------------------------------------------------------- writing
-    for path, clip in zip(paths, clips):
+    for path, clip in zip(paths, tqdm(clips, "files", leave=False, disable=None)):
         write_video(path, clip, a.fps)
     write_strip(strip, clips, stride)
     if a.watch:

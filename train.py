@@ -270,6 +270,17 @@ def open_log(a):
     return log
 
 
+def watch_signals():
+    """A list that is not empty any more once the run should save and stop: Ctrl-C, SIGTERM, a closed terminal."""
+    signals = []
+    kinds = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        kinds.append(signal.SIGHUP)
+    for kind in kinds:
+        signal.signal(kind, lambda *_: signals.append(True))
+    return signals
+
+
 def start_ranks(device):
     """Joins the processes that torchrun started -> the number of this one, and how many they are."""
     rank, world_size = ranks()
@@ -305,9 +316,7 @@ def main():
     sampling = Sampling(**(source.sampling | PRESETS[a.preset]["sampling"]))
 
     # ------------------------------------------------------------------------------------------------------- loop
-    signals = []
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, lambda *_: signals.append(True))
+    signals = watch_signals()
     if rank == 0:
         lock_file = lock(a.out)  # noqa: F841, an open file keeps the lock
         log = open_log(a)
@@ -365,7 +374,11 @@ def main():
             row = step, stage + 1, t, f"{loss.item():.5f}", f"{lr:.3g}", f"{seconds:.1f}"
             print(*row, sep=",", file=log)
             bar.set_postfix(stage=stage + 1, loss=f"{loss.item():.3f}", tok_s=f"{rate:.0f}", refresh=False)
-            bar.update()
+            try:
+                bar.update()
+            except OSError:  # the terminal is closed, or Ctrl-C has ended a `| tee`, too: save and stop
+                bar.disable = True
+                signals.append(True)
             if ends or stop or step % a.save_every == 0:
                 save_checkpoints(a, step, seconds, model, ema, optimisers, tokenizer, sampling, source)
             if ends:

@@ -1,4 +1,7 @@
-"""How the CPU's libraries work. They read it when torch is loaded, so every script imports this package first."""
+"""How the CPU's libraries work. They read it when torch is loaded, so every script imports this package first.
+
+In a notebook, too, import it (or `sample`, or `train`) before torch.
+"""
 import os
 
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "10000")  # it compiles a kernel for each shape: keep all

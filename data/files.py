@@ -1,5 +1,6 @@
 """Files, devices and options: what every script here needs, with no idea of the paper in it."""
 import argparse
+import contextlib
 import errno
 import importlib
 import math
@@ -38,7 +39,8 @@ def run(main):
         if not isinstance(e, MemoryError) and not re.search("alloc|out of memory", str(e), re.IGNORECASE):
             raise
         line = "not enough memory; ask for a smaller --size, --batch or --n, or for fewer --frames"
-    tqdm.write(f"{Path(sys.argv[0]).name}: {line}", sys.stderr)  # on a line of its own, below a progress bar
+    with contextlib.suppress(OSError):  # the terminal may be closed
+        tqdm.write(f"{Path(sys.argv[0]).name}: {line}", sys.stderr)  # on a line of its own, below a progress bar
     sys.exit(2)
 
 
@@ -98,9 +100,10 @@ def write(path, save):
         path.parent.mkdir(parents=True, exist_ok=True)
         save(part)
         os.replace(part, path)
-    except Exception as e:  # a full disk (of which torch makes a RuntimeError), more pixels than the format can hold
-        full = getattr(e, "errno", None) == errno.ENOSPC or "unexpected pos" in str(e)
-        reason = "the disk is full" if full else getattr(e, "strerror", None) or e
+    except Exception as e:
+        if getattr(e, "errno", None) == errno.ENOSPC or "unexpected pos" in str(e):  # torch makes a RuntimeError of it
+            raise Bad(f"{path}: the disk is full; make room, or choose another place") from None
+        reason = getattr(e, "strerror", None) or e  # or the format cannot hold so many pixels
         raise Bad(f"{path}: it cannot be written ({reason}); choose another place, or fewer pixels") from None
     finally:
         part.unlink(missing_ok=True)

@@ -136,6 +136,7 @@ def read_clip(path, size, frames=1, fps=None, place=0.0, length=None):
     Pictures are cropped in the middle to the aspect of size (height, width), and resized. fps: pictures a second, by
     default the file's; place in [0, 1]: from the clip's beginning to its end. Raises Bad.
     """
+    path = Path(path)
     try:
         clip = [np.asarray(ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS))
                 for picture in pictures(path, frames, fps, place, length or frames)]
@@ -231,8 +232,9 @@ class Folder(Source):
 
 
 def outlast(worker):
-    """A worker ignores Ctrl-C, and outlives SIGTERM by 20 seconds: the main process can end its step and save."""
+    """A worker ignores Ctrl-C and a closed terminal, and outlives SIGTERM by 20 seconds: the main process can save."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(getattr(signal, "SIGHUP", signal.SIGINT), signal.SIG_IGN)  # Windows has none
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
 
 
@@ -327,6 +329,7 @@ def check_out(path):
 
 def write_video(path, video, fps):
     """uint8 (frames, H, W, 3) as .gif, .webp, .png (animated) or .mp4 (needs av)."""
+    path = Path(path)
     if path.suffix == ".mp4":
         return write(path, lambda part: write_mp4(part, video, fps))
     frames = [Image.fromarray(frame) for frame in video]

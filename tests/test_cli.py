@@ -376,6 +376,7 @@ BAD = [
     ([*CAT, "--size", "64x6400000"], ["64x6400000", "2^30 pixels", "--size"]),
     ([*CAT, "--frames", "24"], ["24 frames", "21 or 25"]),
     ([*CAT, "--frames", "1"], ["--frames 1", "5 or more"]),
+    ([*CAT, "--watch", "--frames", "53"], ["--watch", "--frames 49 or fewer"]),
     ([*CAT, "--frames", "-3"], ["--frames", "-3 should be from 1 to"]),
     ([*CAT, "--frames", str(10**20 + 1)], ["--frames", "1000000"]),
     ([*CAT, "--cfg", "-1"], ["--cfg", "-1 should be from 0 to 100"]),
@@ -465,6 +466,19 @@ def test_what_a_terminal_cannot_show_ends_nothing(tmp_path):
     env = {"PYTHONIOENCODING": "ascii:strict"}
     done = script("sample.py", *CAT, "--prompt", "猫", "--frames", 5, "--out", place, env=env)
     assert done.returncode == 0 and r"b\udce4.gif" in done.stdout and Path(place).exists(), done.stderr
+
+
+def test_an_error_that_cannot_be_told_ends_with_code_2(monkeypatch):
+    """A terminal that is closed cannot be written."""
+    def write(*_):
+        raise BrokenPipeError
+
+    def main():
+        raise Bad("wrong")
+
+    monkeypatch.setattr("data.files.tqdm.write", write)
+    with pytest.raises(SystemExit, match="2"):
+        run(main)
 
 
 @pytest.mark.parametrize("names, told", [((), "output"), (("a",), "a"), (("a", None, "b"), "b")])
@@ -602,7 +616,7 @@ def test_a_full_disk_keeps_the_old_file(tiny, folder, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", full)
     code, _, err = tiny(*CAT, "--out", "a.png")
-    line = "sample.py: a.png: it cannot be written (the disk is full); choose another place, or fewer pixels"
+    line = "sample.py: a.png: the disk is full; make room, or choose another place"
     assert code == 2 and err.strip().split("\n")[-1] == line  # below the progress bars
     assert os.listdir() == ["a.png"] and (folder / "a.png").read_text() == "precious"
 

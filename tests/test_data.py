@@ -427,10 +427,16 @@ def draw(seed):
 
 
 def killed(seed):
-    """A process that both signals do not end."""
-    for kind in (signal.SIGINT, signal.SIGTERM):
+    """A process that no signal ends."""
+    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(os.getpid(), kind)
     return seed
+
+
+def test_a_path_may_be_a_string(folder):
+    video, _ = world.clip(0, 5, 16, 16)
+    write_video("a.png", video, 12)
+    assert np.array_equal(read_clip("a.png", (16, 16), 5), video)
 
 
 def test_processes_leave_signals_to_the_first_one():
@@ -440,7 +446,7 @@ def test_processes_leave_signals_to_the_first_one():
 
 
 def test_a_process_outlives_sigterm_by_20_seconds(monkeypatch):
-    told, kinds = [], (signal.SIGINT, signal.SIGTERM)
+    told, kinds = [], (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(kind) for kind in kinds]
     monkeypatch.setattr(signal, "alarm", told.append)
     data.video.outlast(0)

@@ -29,6 +29,7 @@ from tokenizer import Tokenizer
 
 ARGS = ["--size", "16x16", "--frames", "5,9", "--steps", 3, "--batch", 4, "--dtype", "float32", "--device", "cpu"]
 SHORT = ["--size", "16x16", "--frames", 5, "--steps", 1, "--batch", 2, "--device", "cpu"]  # one step
+STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 # train.py with a toy preset of two small layers, for runs in a process of their own.
 SMALL = f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
@@ -43,7 +44,7 @@ def run_train(monkeypatch, *args):
     for name in videomar.PRESETS:
         monkeypatch.setitem(videomar.PRESETS, name, {**videomar.PRESETS[name], "model": TINY})
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in STOPS}
     try:
         train.main()
         return 0
@@ -456,6 +457,31 @@ def test_a_signal_in_the_last_step_stops_nothing(folder, monkeypatch, tiny_files
     assert run_train(monkeypatch, *SHORT, "--tokenizer", tiny_files / "tokenizer.pt") == 0
 
 
+@pytest.mark.parametrize("kind", STOPS)
+def test_a_signal_ends_a_run_that_has_saved(folder, monkeypatch, tiny_files, kind):
+    """The last one is sent where a terminal closes, and is ignored under nohup."""
+    before = signal.signal(signal.SIGHUP, lambda *_: None)
+    monkeypatch.setattr(train, "get_lr", lambda a, step: step == 1 and os.kill(os.getpid(), kind) or 1e-3)
+    args = [*SHORT, "--steps", 4, "--tokenizer", tiny_files / "tokenizer.pt"]
+    assert run_train(monkeypatch, *args) == 130 and checkpoint("out/ckpt.pt")["step"] == 2
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert run_train(monkeypatch, *args, "--out", "nohup") == (0 if kind == signal.SIGHUP else 130)
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_whose_output_nobody_reads_saves_and_stops(folder, tiny_files):
+    """As where Ctrl-C ends the `tee` behind it first, or where the terminal closes."""
+    (folder / "small.py").write_text(SMALL)
+    command = [sys.executable, "-u", "small.py", *SHORT, "--steps", 100_000, "--tokenizer", tiny_files / "tokenizer.pt"]
+    run = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (folder / "out/log.csv").exists() or (folder / "out/log.csv").read_text().count("\n") < 3:
+        time.sleep(0.05)
+    run.stderr.close()
+    out, _ = run.communicate(timeout=60)
+    step = int(re.search(r"stopped after step (\d+)", out)[1])
+    assert run.returncode == 130 and checkpoint("out/ckpt.pt")["step"] == step > 0
+
+
 def test_a_run_saves_after_each_stage_and_keeps_its_folder(folder, monkeypatch, tiny_files):
     saved = []
 
@@ -691,13 +717,13 @@ def test_save_writes_beside_and_renames(folder, monkeypatch):
 
     for error, told in ((OSError(28, "No space left on device"), "the disk is full"),
                         (RuntimeError("unexpected pos 64 vs 0"), "the disk is full"),  # as torch says it
-                        (ValueError("too wide"), "too wide")):
+                        (ValueError("too wide"), "it cannot be written .too wide.")):
         def half(what, path):
             path.write_bytes(b"half")
             raise error
 
         monkeypatch.setattr(torch, "save", half)
-        with pytest.raises(Bad, match=f"f.pt: it cannot be written .{told}."):
+        with pytest.raises(Bad, match=f"f.pt: {told}; "):
             files.save({"kind": "x", "a": 2}, "f.pt")
     assert files.load("f.pt", "x")["a"] == 1 and os.listdir() == ["f.pt"]
 
