@@ -585,7 +585,7 @@ def test_a_checkpoint_is_never_half_a_file(folder, monkeypatch, tiny_files, name
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(Bad, match=f"{name}: it cannot be written"):
+    with pytest.raises(Bad, match=f"{name}: the disk is full"):
         run_train(monkeypatch, "--resume", "--steps", 2)
     assert Path("out", name).read_bytes() == before
 
