@@ -475,6 +475,7 @@ def test_a_run_whose_output_nobody_reads_saves_and_stops(folder, tiny_files):
     command = [sys.executable, "-u", "small.py", *SHORT, "--steps", 100_000, "--tokenizer", tiny_files / "tokenizer.pt"]
     run = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (folder / "out/log.csv").exists() or (folder / "out/log.csv").read_text().count("\n") < 3:
+        assert run.poll() is None, run.stderr.read()
         time.sleep(0.05)
     run.stderr.close()
     out, _ = run.communicate(timeout=60)
