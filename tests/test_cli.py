@@ -517,15 +517,14 @@ def test_fast_arithmetic_is_switched_on():
     assert torch.full((8,), 1e-38).mul(0.1).eq(0).all()
 
 
-def test_threads_that_wait_leave_their_cores_to_others():
+def test_threads_that_wait_leave_their_cores_to_others(monkeypatch):
     """Of each script. OpenMP tells its settings when torch is loaded: those of `data` must be there by then."""
     names = [file.relative_to(ROOT) for file in (*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"))
              if "\n    run(main)" in file.read_text()]
     assert {"train.py", "sample.py", "tokenizer.py", "tests/evaluate.py"} <= set(map(str, names))
-    env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)  # conftest has imported `data`
     for name, given, told in [*[(name, {}, "1000") for name in names], ("train.py", {"GOMP_SPINCOUNT": "7"}, "7")]:
-        done = subprocess.run([sys.executable, str(ROOT / name), "--help"], capture_output=True, text=True,
-                              env={**env, **given, "OMP_DISPLAY_ENV": "verbose"})
+        done = script(name, "--help", env={**given, "OMP_DISPLAY_ENV": "verbose"})
         if "GOMP" not in done.stderr:
             pytest.skip("torch has another OpenMP here")
         assert f"GOMP_SPINCOUNT = '{told}'" in done.stderr, name

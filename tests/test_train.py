@@ -58,6 +58,18 @@ def run_train(monkeypatch, *args):
     raise Bad(line)  # a new one: the traceback of the first holds the lock of its folder
 
 
+def start_long_run(folder, tiny_files):
+    """A training in a process of its own, which has done two steps of many and prints to pipes -> Popen."""
+    (folder / "small.py").write_text(SMALL)
+    command = [sys.executable, "-u", "small.py", *SHORT, "--steps", 100_000, "--tokenizer", tiny_files / "tokenizer.pt"]
+    run = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "stages" not in run.stdout.readline():
+        assert run.poll() is None, run.stderr.read()
+    while not (folder / "out/log.csv").read_text().count("\n") > 2:
+        time.sleep(0.05)
+    return run
+
+
 def write_two_clips():
     for i in range(2):
         write_video(Path(f"clips/{i}.gif"), world.clip(i, 5, 16, 16)[0], 12)
@@ -471,12 +483,7 @@ def test_a_signal_ends_a_run_that_has_saved(folder, monkeypatch, tiny_files, kin
 
 def test_a_run_whose_output_nobody_reads_saves_and_stops(folder, tiny_files):
     """As where Ctrl-C ends the `tee` behind it first, or where the terminal closes."""
-    (folder / "small.py").write_text(SMALL)
-    command = [sys.executable, "-u", "small.py", *SHORT, "--steps", 100_000, "--tokenizer", tiny_files / "tokenizer.pt"]
-    run = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (folder / "out/log.csv").exists() or (folder / "out/log.csv").read_text().count("\n") < 3:
-        assert run.poll() is None, run.stderr.read()
-        time.sleep(0.05)
+    run = start_long_run(folder, tiny_files)
     run.stderr.close()
     out, _ = run.communicate(timeout=60)
     step = int(re.search(r"stopped after step (\d+)", out)[1])
@@ -666,13 +673,7 @@ def test_a_file_system_without_locks_takes_any_run(folder, monkeypatch):
 
 
 def test_ctrl_c_saves_and_exits_with_130(folder, tiny_files):
-    (folder / "small.py").write_text(SMALL)
-    command = [sys.executable, "-u", "small.py", *SHORT, "--steps", 100_000, "--tokenizer", tiny_files / "tokenizer.pt"]
-    run = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while "stages" not in run.stdout.readline():
-        assert run.poll() is None, run.stderr.read()
-    while not (folder / "out/log.csv").read_text().count("\n") > 2:
-        time.sleep(0.05)
+    run = start_long_run(folder, tiny_files)
     run.send_signal(signal.SIGINT)
     out, err = run.communicate(timeout=60)
     assert run.returncode == 130 and "Traceback" not in err
